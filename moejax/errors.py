@@ -1,0 +1,41 @@
+"""Every exception that moejax raises on purpose; each message says what to do."""
+
+
+class MoejaxError(Exception):
+    """Base class: catch this to catch everything moejax raises on purpose."""
+
+
+class ConfigError(MoejaxError):
+    """A model's config.json is missing, malformed or contradicts itself."""
+
+
+class UnsupportedModelError(MoejaxError):
+    """The model asks for something moejax does not compute (family, quantisation, option)."""
+
+
+class CheckpointError(MoejaxError):
+    """A weight file is missing, truncated, corrupt, hostile or does not fit its config."""
+
+
+class TokenizerError(MoejaxError):
+    """The tokenizer or the chat template is missing or cannot be used."""
+
+
+class BudgetError(MoejaxError):
+    """The memory budget cannot hold what one step needs."""
+
+
+class InputError(MoejaxError):
+    """A prompt, a token id or an option is out of range."""
+
+
+class PolicyError(MoejaxError):
+    """An unknown policy, or policy parts that contradict each other."""
+
+
+class NonFiniteError(MoejaxError):
+    """Weights or logits hold NaN or infinity."""
+
+
+class HubError(MoejaxError):
+    """A model could not be downloaded."""
