@@ -1,0 +1,75 @@
+"""The slot tables: pure bookkeeping of which expert is where, shared by engine and simulator."""
+
+import jax
+import jax.numpy as jnp
+
+from moejax.state import Residency
+
+
+def empty(num_ids: int, slots: int, *, layers: int = 0) -> Residency:
+    """No expert resident.
+
+    Args:
+        num_ids: L * E.
+        slots: S.
+        layers: if given, slots are divided evenly among this many layers instead of pooled.
+    """
+    home = jnp.full(slots, -1, jnp.int32)
+    if layers:
+        home = jnp.arange(slots, dtype=jnp.int32) * layers // slots
+    return Residency(
+        slot_of=jnp.full(num_ids, -1, jnp.int32), owner=jnp.full(slots, -1, jnp.int32), home=home
+    )
+
+
+def full(num_ids: int) -> Residency:
+    """Every expert resident, expert i in slot i."""
+    return Residency(
+        slot_of=jnp.arange(num_ids, dtype=jnp.int32),
+        owner=jnp.arange(num_ids, dtype=jnp.int32),
+        home=jnp.full(num_ids, -1, jnp.int32),
+    )
+
+
+def layer_slots(
+    residency: Residency, layer: jax.Array, experts: int, capacity: jax.Array
+) -> jax.Array:
+    """[E] slots of a layer's experts, -1 = absent; slots beyond `capacity` do not count."""
+    slots = jax.lax.dynamic_slice(residency.slot_of, (layer * experts,), (experts,))
+    return jnp.where(slots < capacity, slots, -1)
+
+
+def evictable(
+    residency: Residency, layer: jax.Array, kept: jax.Array, capacity: jax.Array
+) -> jax.Array:
+    """[S] slots in use that may receive an expert of `layer` while its experts `kept` [E] stay."""
+    experts = kept.shape[0]
+    local = residency.owner - layer * experts
+    held = (local >= 0) & (local < experts) & kept[jnp.clip(local, 0, experts - 1)]
+    at_home = (residency.home < 0) | (residency.home == layer)
+    return ~held & at_home & (jnp.arange(residency.owner.shape[0]) < capacity)
+
+
+def victim(residency: Residency, keys: jax.Array, free: jax.Array) -> jax.Array:
+    """The slot among `free` [S] to fill next: an empty one, or that of the smallest key [L * E]."""
+    low, high = _extremes(keys.dtype)
+    key = jnp.where(residency.owner < 0, low, keys[jnp.maximum(residency.owner, 0)])
+    return jnp.argmin(jnp.where(free, key, high)).astype(jnp.int32)
+
+
+def place(residency: Residency, slot: jax.Array, expert: jax.Array) -> Residency:
+    """Residency after `expert` (an id) has taken `slot` from whatever owned it."""
+    ids, slots = residency.slot_of.shape[0], residency.owner.shape[0]
+    old_owner, old_slot = residency.owner[slot], residency.slot_of[expert]
+    owner = residency.owner.at[jnp.where(old_slot < 0, slots, old_slot)].set(-1, mode="drop")
+    slot_of = residency.slot_of.at[jnp.where(old_owner < 0, ids, old_owner)].set(-1, mode="drop")
+    return Residency(
+        slot_of=slot_of.at[expert].set(slot), owner=owner.at[slot].set(expert), home=residency.home
+    )
+
+
+def _extremes(dtype: jnp.dtype) -> tuple[float, float]:
+    if jnp.issubdtype(dtype, jnp.floating):
+        return -jnp.inf, jnp.inf
+    info = jnp.iinfo(dtype)
+    return info.min, info.max

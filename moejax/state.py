@@ -1,0 +1,101 @@
+"""Every pytree of moejax, with its shapes. Read this file first.
+
+    L  layers with experts      E  experts per layer      K  experts chosen per token
+    A  attention layers         S  slots in the pool      R  elements of an expert record
+    B  sequences                T  tokens per sequence    N  = B * T, tokens of one step
+    D  model width              F  expert width           V  vocabulary
+    C  positions in the KV cache
+
+An expert's id is `layer * E + expert`. Weights and keys are stored as unsigned bits (u16 for
+bfloat16): XLA's CPU backend then updates one row in place instead of copying the whole buffer.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from moejax.layout import RecordLayout
+
+
+def pytree(cls: type) -> type:
+    """Frozen, keyword-only dataclass registered as a pytree; `static` fields are metadata."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, kw_only=True)(cls))
+
+
+def static(**kwargs: Any) -> Any:
+    """A field that is part of the pytree's structure: changing it recompiles."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+@pytree
+class ExpertStore:
+    """The full set of experts, on the host; never changes."""
+
+    records: jax.Array  # [L * E, R] bits
+    layout: RecordLayout = static()
+
+
+@pytree
+class Residency:
+    """Which experts are in which slots: the only part of the cache that policies see."""
+
+    slot_of: jax.Array  # [L * E] i32, -1 = absent
+    owner: jax.Array  # [S] i32, expert id, -1 = empty
+    home: jax.Array  # [S] i32, the one layer a slot serves, -1 = any (a global pool)
+
+
+@pytree
+class ExpertCache:
+    """Expert slots on the device."""
+
+    pool: jax.Array  # [S, R] bits; [0, R] = virtual: the tables decide, weights are read in place
+    residency: Residency
+
+
+@pytree
+class KVCache:
+    """Keys and values of grouped-query attention (G key-value heads of H channels)."""
+
+    keys: jax.Array  # [A, B, C, G, H] bits
+    values: jax.Array  # [A, B, C, G, H] bits
+
+
+@pytree
+class LatentKVCache:
+    """Compressed keys and values of multi-head latent attention."""
+
+    latent: jax.Array  # [A, B, C, kv_rank] bits
+    rope_key: jax.Array  # [A, B, C, rope_dim] bits
+
+
+@pytree
+class DecodeState:
+    """Everything that a step reads and replaces; donated to the step."""
+
+    kv: KVCache | LatentKVCache
+    experts: ExpertCache | None  # None for dense models
+    policy: Any  # the policy's own memory, as its `init` made it
+    length: jax.Array  # [B] i32, tokens in the KV cache per sequence
+
+
+@pytree
+class StepTrace:
+    """What one step did, per layer with experts. Counts are experts, not bytes."""
+
+    picks: jax.Array  # [L, N, K] i32, chosen experts by rank, -1 where there was no token
+    weights: jax.Array  # [L, N, K] f32, router weights as used
+    needed: jax.Array  # [L] i32, distinct experts needed
+    hits: jax.Array  # [L] i32, of those, resident when the layer began
+    fetched: jax.Array  # [L] i32, records copied into slots
+    passes: jax.Array  # [L] i32, passes over the slots
+    replaced_mass: jax.Array  # [L] f32, router weight moved to stand-ins, summed over tokens
+    scores: jax.Array | None  # [L, N, E] f32, full router scores when recording them
+
+
+@pytree
+class StepOutput:
+    """What a step returns beside the new state."""
+
+    logits: jax.Array  # [B, V] f32 of the last token of each sequence, or [B, T, V]
+    trace: StepTrace | None  # None for dense models
