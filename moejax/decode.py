@@ -1,0 +1,206 @@
+"""The step: one jitted program for a whole token (or chunk), state donated."""
+
+import functools
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax import residency as tables
+from moejax.config import ModelConfig
+from moejax.errors import BudgetError, InputError
+from moejax.layout import BITS
+from moejax.models.layers import KV_BLOCK
+from moejax.models.transformer import Decoder
+from moejax.policy import Policy
+from moejax.state import (
+    DecodeState,
+    ExpertCache,
+    ExpertStore,
+    KVCache,
+    LatentKVCache,
+    StepOutput,
+)
+
+PREFILL_CHUNK = 64  # tokens per sequence of one prefill step
+
+
+def step(
+    model: Decoder,
+    policy: Policy | None,
+    params: dict,
+    store: ExpertStore | None,
+    state: DecodeState,
+    tokens: jax.Array,
+    *,
+    all_logits: bool = False,
+    scores: bool = False,
+) -> tuple[DecodeState, StepOutput]:
+    """`decode_step` without jit, for use inside larger jitted programs."""
+    return model.apply(
+        {"params": params}, policy, store, state, tokens, all_logits=all_logits, scores=scores
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "all_logits", "scores"), donate_argnames=("state",)
+)
+def decode_step(
+    model: Decoder,
+    policy: Policy | None,
+    params: dict,
+    store: ExpertStore | None,
+    state: DecodeState,
+    tokens: jax.Array,
+    *,
+    all_logits: bool = False,
+    scores: bool = False,
+) -> tuple[DecodeState, StepOutput]:
+    """Process tokens [B, T] i32 and return the new state and the logits; donates `state`.
+
+    One program serves every residency, position and policy number; it is traced once per shape of
+    `tokens`. Sequences shorter than T are padded at the end with -1.
+
+    Args:
+        model: the decoder (static).
+        policy: how experts are chosen, kept and fetched; its numbers may change freely.
+        all_logits: return [B, T, V] instead of the last token's [B, V].
+        scores: keep the full router scores [L, N, E] in the trace.
+    """
+    return step(
+        model, policy, params, store, state, tokens, all_logits=all_logits, scores=scores
+    )
+
+
+def init_kv(config: ModelConfig, batch: int, context: int, dtype: str) -> KVCache | LatentKVCache:
+    """Empty KV cache for `context` positions per sequence, rounded up to whole blocks."""
+    capacity = math.ceil(context / KV_BLOCK) * KV_BLOCK
+    lead, bits = (config.num_layers, batch, capacity), BITS[dtype]
+    if config.latent:
+        return LatentKVCache(
+            latent=jnp.zeros((*lead, config.latent.kv_rank), bits),
+            rope_key=jnp.zeros((*lead, config.latent.rope_dim), bits),
+        )
+    heads = (config.num_kv_heads, config.head_dim)
+    return KVCache(keys=jnp.zeros((*lead, *heads), bits), values=jnp.zeros((*lead, *heads), bits))
+
+
+def init_cache(
+    config: ModelConfig,
+    store: ExpertStore,
+    slots: int,
+    *,
+    virtual: bool = False,
+    per_layer: bool = False,
+) -> ExpertCache:
+    """Empty expert cache of `slots` slots; with room for all experts, full and read in place.
+
+    Args:
+        virtual: keep the tables only and read weights from the store (no copies are made).
+        per_layer: divide the slots evenly among the layers instead of pooling them.
+
+    Raises:
+        BudgetError: fewer slots than one layer's top-k.
+    """
+    ids = config.num_moe_layers * config.num_experts
+    least = config.top_k * (config.num_moe_layers if per_layer else 1)
+    if slots < least:
+        raise BudgetError(
+            f"{slots} slots cannot hold the {least} experts needed at once; give at least {least}"
+        )
+    elements = store.records.shape[1]
+    if slots >= ids:
+        pool, residency = jnp.zeros((0, elements), store.records.dtype), tables.full(ids)
+    else:
+        rows = 0 if virtual else slots
+        pool = jnp.zeros((rows, elements), store.records.dtype)
+        residency = tables.empty(ids, slots, layers=config.num_moe_layers if per_layer else 0)
+    return ExpertCache(pool=pool, residency=residency)
+
+
+def init_state(
+    model: Decoder,
+    policy: Policy | None,
+    store: ExpertStore | None,
+    *,
+    slots: int = 0,
+    batch: int = 1,
+    context: int = 2048,
+    virtual: bool = False,
+    per_layer: bool = False,
+) -> DecodeState:
+    """State before the first token of `batch` sequences of at most `context` tokens."""
+    config = model.config
+    cache = memory = None
+    if config.num_moe_layers:
+        cache = init_cache(config, store, slots, virtual=virtual, per_layer=per_layer)
+        memory = policy.init(config.num_moe_layers, config.num_experts)
+    return DecodeState(
+        kv=init_kv(config, batch, context, model.dtype),
+        experts=cache,
+        policy=memory,
+        length=jnp.zeros(batch, jnp.int32),
+    )
+
+
+def chunks(prompts: list[np.ndarray], size: int = PREFILL_CHUNK) -> Iterator[np.ndarray]:
+    """Token chunks [B, size] i32 of prompts of unequal lengths, padded with -1."""
+    longest = max(len(p) for p in prompts)
+    for start in range(0, longest, size):
+        chunk = np.full((len(prompts), size), -1, np.int32)
+        for row, prompt in zip(chunk, prompts, strict=True):
+            part = prompt[start : start + size]
+            row[: len(part)] = part
+        yield chunk
+
+
+def prefill(
+    model: Decoder,
+    policy: Policy | None,
+    params: dict,
+    store: ExpertStore | None,
+    state: DecodeState,
+    prompts: list[np.ndarray],
+    *,
+    chunk: int = PREFILL_CHUNK,
+) -> tuple[DecodeState, jax.Array, list]:
+    """Feed prompts in chunks of one fixed shape; donates `state`.
+
+    Returns:
+        The state, the logits [B, V] after each prompt's last token, and the traces of all chunks.
+
+    Raises:
+        InputError: an empty prompt, or one that does not fit the KV cache.
+    """
+    check_room(state, [len(p) for p in prompts])
+    logits, traces = None, []
+    done = 0
+    for tokens in chunks(prompts, chunk):
+        state, out = decode_step(model, policy, params, store, state, tokens)
+        ended = np.array([done < len(p) <= done + chunk for p in prompts])
+        logits = out.logits if logits is None else jnp.where(ended[:, None], out.logits, logits)
+        traces.append(out.trace)
+        done += chunk
+    return state, logits, traces
+
+
+def capacity(state: DecodeState) -> int:
+    """C: positions that the KV cache holds per sequence."""
+    return jax.tree.leaves(state.kv)[0].shape[2]
+
+
+def check_room(state: DecodeState, added: list[int]) -> None:
+    """Raise InputError unless each sequence has room for its `added` tokens."""
+    if min(added) < 1:
+        raise InputError("a prompt is empty: give at least one token per sequence")
+    lengths = np.asarray(state.length)
+    if len(added) != len(lengths):
+        raise InputError(f"{len(added)} prompts for a state of {len(lengths)} sequences")
+    over = max(int(n) + a for n, a in zip(lengths, added, strict=True))
+    if over > capacity(state):
+        raise InputError(
+            f"{over} tokens do not fit the context of {capacity(state)}; shorten the prompt or "
+            "raise `context`"
+        )

@@ -1,0 +1,87 @@
+"""Names and shapes of a model's dense parameters: declared once, used to load, restore and plan."""
+
+from moejax.config import ModelConfig
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every dense parameter by path; stacks lead with their number of layers."""
+    shapes = {
+        "embed/weight": (config.vocab_size, config.width),
+        "final_norm/weight": (config.width,),
+        "norms/input": (config.num_layers, config.width),
+        "norms/post": (config.num_layers, config.width),
+    }
+    if not config.tied_embeddings:
+        shapes["head/weight"] = (config.vocab_size, config.width)
+    attention = latent_shapes(config) if config.latent else attention_shapes(config)
+    shapes |= {f"attention/{k}": (config.num_layers, *v) for k, v in attention.items()}
+    if config.dense_layers:
+        shapes |= _ffn("mlp", len(config.dense_layers), config.width, config.dense_width)
+    if config.moe_layers:
+        layers = config.num_moe_layers
+        shapes["moe/router"] = (layers, config.num_experts, config.width)
+        if config.shared_width:
+            shapes |= _ffn("shared", layers, config.width, config.shared_width)
+        if config.shared_gate:
+            shapes["shared/gate"] = (layers, 1, config.width)
+    return shapes
+
+
+def attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of one layer of grouped-query attention."""
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "q": (query, config.width),
+        "k": (key, config.width),
+        "v": (key, config.width),
+        "o": (config.width, query),
+    }
+    if config.qkv_bias:
+        shapes |= {"q_bias": (query,), "k_bias": (key,), "v_bias": (key,)}
+    if config.o_bias:
+        shapes["o_bias"] = (config.width,)
+    if config.qk_norm == "head":
+        shapes |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
+    if config.qk_norm == "whole":
+        shapes |= {"q_norm": (query,), "k_norm": (key,)}
+    return shapes
+
+
+def latent_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of one layer of multi-head latent attention."""
+    latent = config.latent
+    query = config.num_heads * (latent.nope_dim + latent.rope_dim)
+    shapes: dict[str, tuple[int, ...]] = {
+        "kv_a": (latent.kv_rank + latent.rope_dim, config.width),
+        "kv_a_norm": (latent.kv_rank,),
+        "kv_b": (config.num_heads * (latent.nope_dim + latent.v_dim), latent.kv_rank),
+        "o": (config.width, config.num_heads * latent.v_dim),
+    }
+    if latent.q_rank is None:
+        shapes["q"] = (query, config.width)
+    else:
+        shapes |= {
+            "q_a": (latent.q_rank, config.width),
+            "q_a_norm": (latent.q_rank,),
+            "q_b": (query, latent.q_rank),
+        }
+    if config.qkv_bias:
+        shapes["kv_a_bias"] = (latent.kv_rank + latent.rope_dim,)
+        if latent.q_rank is not None:
+            shapes["q_a_bias"] = (latent.q_rank,)
+    if config.o_bias:
+        shapes["o_bias"] = (config.width,)
+    return shapes
+
+
+def stack_index(config: ModelConfig, path: str, layer: int) -> int | None:
+    """Where a layer stands in the stack of `path`; None if that layer has no such parameter."""
+    group = path.split("/")[0]
+    sparse = config.moe_layers
+    layers = {"mlp": config.dense_layers, "moe": sparse, "shared": sparse, "experts": sparse}
+    members = layers.get(group, tuple(range(config.num_layers)))
+    return members.index(layer) if layer in members else None
+
+
+def _ffn(group: str, layers: int, width: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    return {f"{group}/gate_up": (layers, 2 * hidden, width), f"{group}/down": (layers, width, hidden)}

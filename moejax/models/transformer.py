@@ -1,0 +1,195 @@
+"""The decoder stack: one Flax module for every family, pure in its caches."""
+
+import itertools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moejax import experts as expert_layer
+from moejax.config import ModelConfig
+from moejax.kernels import linear, swiglu
+from moejax.models.latent import latent_attention
+from moejax.models.layers import Span, Weights, at, grouped_query_attention, rms_norm
+from moejax.models.rope import cos_sin
+from moejax.models.shapes import parameter_shapes
+from moejax.policy import Policy
+from moejax.state import DecodeState, ExpertStore, StepOutput, StepTrace
+
+
+class Stack(nn.Module):
+    """The parameters of one kind of sublayer, stacked over layers."""
+
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    dtype: str
+
+    @nn.compact
+    def __call__(self) -> Weights:
+        """The parameters by name."""
+        init = nn.initializers.normal(0.02)
+        return {n: self.param(n, init, shape, self.dtype) for n, shape in self.shapes}
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer whose experts come in as a store and a cache, not as parameters."""
+
+    config: ModelConfig
+    dtype: str = "bfloat16"
+
+    def _weights(self) -> dict[str, Weights]:
+        shapes = sorted(parameter_shapes(self.config).items())
+        groups = itertools.groupby(shapes, key=lambda item: item[0].split("/")[0])
+        return {
+            group: Stack(
+                tuple((path.split("/")[1], shape) for path, shape in items), self.dtype, name=group
+            )()
+            for group, items in groups
+        }
+
+    @nn.compact
+    def __call__(
+        self,
+        policy: Policy | None,
+        store: ExpertStore | None,
+        state: DecodeState,
+        tokens: jax.Array,
+        *,
+        all_logits: bool = False,
+        scores: bool = False,
+    ) -> tuple[DecodeState, StepOutput]:
+        """Process tokens [B, T] (-1 = padding, at the end of a row) after what the state holds.
+
+        Args:
+            all_logits: logits of every position [B, T, V] instead of each sequence's last [B, V].
+            scores: keep the full router scores in the trace.
+        """
+        config, weights = self.config, self._weights()
+        span = _span(config, state.length, tokens)
+        x = weights["embed"]["weight"][jnp.maximum(tokens, 0)].astype(jnp.float32)
+        carry = (x, state.kv, state.experts, state.policy)
+        traces = []
+        for moe, first, index, count in _segments(config):
+
+            def body(carry: tuple, i: jax.Array, moe=moe, first=first, index=index) -> tuple:
+                return _layer(
+                    config, weights, policy, store, span, carry, first + i, index + i, moe, scores
+                )
+
+            carry, trace = jax.lax.scan(body, carry, jnp.arange(count))
+            traces += [trace] if moe else []
+        x, kv, cache, memory = carry
+        state = DecodeState(kv=kv, experts=cache, policy=memory, length=span.length)
+        trace = jax.tree.map(lambda *parts: jnp.concatenate(parts), *traces) if traces else None
+        return state, StepOutput(logits=_logits(config, weights, x, span, all_logits), trace=trace)
+
+
+def _span(config: ModelConfig, length: jax.Array, tokens: jax.Array) -> Span:
+    valid = tokens >= 0
+    positions = length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    cos, sin = cos_sin(config.rope, jnp.where(valid, positions, 0))
+    return Span(
+        positions=positions,
+        valid=valid,
+        length=length + valid.sum(axis=1, dtype=jnp.int32),
+        cos=cos,
+        sin=sin,
+        window=jnp.asarray(config.windows or (0,) * config.num_layers, jnp.int32),
+    )
+
+
+def _segments(config: ModelConfig) -> list[tuple[bool, int, int, int]]:
+    """Runs of like layers: (has experts, first layer, first index in its stack, layers)."""
+    segments, seen = [], {True: 0, False: 0}
+    moe_layers = set(config.moe_layers)
+    for moe, run in itertools.groupby(range(config.num_layers), key=lambda i: i in moe_layers):
+        layers = list(run)
+        segments.append((moe, layers[0], seen[moe], len(layers)))
+        seen[moe] += len(layers)
+    return segments
+
+
+def _layer(
+    config: ModelConfig,
+    weights: dict[str, Weights],
+    policy: Policy | None,
+    store: ExpertStore | None,
+    span: Span,
+    carry: tuple,
+    layer: jax.Array,
+    index: jax.Array,
+    moe: bool,
+    scores: bool,
+) -> tuple[tuple, StepTrace | None]:
+    """One layer; `index` counts within the layers of its kind."""
+    x, kv, cache, memory = carry
+    norms = at(weights["norms"], layer)
+    attention: Callable = latent_attention if config.latent else grouped_query_attention
+    normed = rms_norm(x, norms["input"], config.norm_eps)
+    mixed, kv = attention(config, weights["attention"], layer, normed, kv, span)
+    x = x + mixed
+    normed = rms_norm(x, norms["post"], config.norm_eps)
+    if not moe:
+        w = at(weights["mlp"], index)
+        return (x + swiglu(normed, w["gate_up"], w["down"]), kv, cache, memory), None
+    flat = normed.reshape(-1, config.width)
+    out, cache, memory, trace = moe_layer(
+        config, weights, policy, store, cache, memory, index, flat, span.valid.reshape(-1), scores
+    )
+    return (x + out.reshape(x.shape), kv, cache, memory), trace
+
+
+def moe_layer(
+    config: ModelConfig,
+    weights: dict[str, Weights],
+    policy: Policy,
+    store: ExpertStore,
+    cache: object,
+    memory: object,
+    layer: jax.Array,
+    x: jax.Array,  # [N, D] f32
+    valid: jax.Array,  # [N] bool
+    scores: bool,
+) -> tuple[jax.Array, object, object, StepTrace]:
+    """Router, experts under the policy, and the shared expert: [N, D] f32."""
+    router = jax.lax.dynamic_index_in_dim(weights["moe"]["router"], layer, keepdims=False)
+    logits = jax.lax.dot_general(
+        x,
+        router.astype(jnp.float32),
+        (((1,), (1,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    resident = expert_layer.resident(policy, cache, layer, config.num_experts)
+    routing = policy.router.route(config.router, config.top_k, probabilities, resident, valid)
+    out, cache, memory, counts = expert_layer.apply(
+        policy, store, cache, memory, layer, x, probabilities, routing, valid
+    )
+    if config.shared_width:
+        w = at(weights["shared"], layer)
+        shared = swiglu(x, w["gate_up"], w["down"])
+        if config.shared_gate:
+            shared = jax.nn.sigmoid(linear(x, w["gate"])) * shared
+        out = out + shared
+    trace = StepTrace(
+        picks=jnp.where(valid[:, None], routing.expert, -1),
+        weights=jnp.where(valid[:, None], routing.weight, 0.0),
+        needed=counts.needed,
+        hits=counts.hits,
+        fetched=counts.fetched,
+        passes=counts.passes,
+        replaced_mass=jnp.where(valid, routing.replaced_mass, 0.0).sum(),
+        scores=probabilities if scores else None,
+    )
+    return out, cache, memory, trace
+
+
+def _logits(
+    config: ModelConfig, weights: dict[str, Weights], x: jax.Array, span: Span, all_logits: bool
+) -> jax.Array:
+    if not all_logits:
+        last = jnp.maximum(span.valid.sum(axis=1) - 1, 0)
+        x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+    x = rms_norm(x, weights["final_norm"]["weight"], config.norm_eps)
+    head = weights["embed"] if config.tied_embeddings else weights["head"]
+    return linear(x, head["weight"])
