@@ -1,5 +1,6 @@
 """The step: one jitted program for a whole token (or chunk), state donated."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -186,21 +187,26 @@ def prefill(
     return state, logits, traces
 
 
+def rewind(state: DecodeState, length: np.ndarray) -> DecodeState:
+    """The state with only the first `length` [B] tokens of each sequence in its KV cache."""
+    return dataclasses.replace(state, length=jnp.asarray(length, jnp.int32))
+
+
 def capacity(state: DecodeState) -> int:
     """C: positions that the KV cache holds per sequence."""
     return jax.tree.leaves(state.kv)[0].shape[2]
 
 
-def check_room(state: DecodeState, added: list[int]) -> None:
-    """Raise InputError unless each sequence has room for its `added` tokens."""
-    if min(added) < 1:
+def check_room(state: DecodeState, prompts: list[int], extra: int = 0) -> None:
+    """Raise InputError unless prompts of these lengths, and `extra` tokens each, fit the context."""
+    if not prompts or min(prompts) < 1:
         raise InputError("a prompt is empty: give at least one token per sequence")
     lengths = np.asarray(state.length)
-    if len(added) != len(lengths):
-        raise InputError(f"{len(added)} prompts for a state of {len(lengths)} sequences")
-    over = max(int(n) + a for n, a in zip(lengths, added, strict=True))
-    if over > capacity(state):
+    if len(prompts) != len(lengths):
+        raise InputError(f"{len(prompts)} prompts for a state of {len(lengths)} sequences")
+    most = max(int(n) + p for n, p in zip(lengths, prompts, strict=True)) + extra
+    if most > capacity(state):
         raise InputError(
-            f"{over} tokens do not fit the context of {capacity(state)}; shorten the prompt or "
-            "raise `context`"
+            f"{most} tokens do not fit the context of {capacity(state)}: shorten the prompt, ask "
+            "for fewer new tokens or raise `context`"
         )

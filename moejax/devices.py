@@ -1,0 +1,137 @@
+"""Where things live: memory kinds, the memory budget, and the compilation cache."""
+
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax import decode
+from moejax.config import ModelConfig
+from moejax.errors import BudgetError
+from moejax.layout import DTYPES
+from moejax.models.shapes import parameter_shapes
+from moejax.models.transformer import Decoder
+from moejax.policy import Policy
+from moejax.state import ExpertStore
+from moejax.units import format_bytes
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs on disk, unless the user has already said where or not to."""
+    if jax.config.jax_compilation_cache_dir or os.environ.get("JAX_COMPILATION_CACHE_DIR") == "":
+        return
+    if not jax.config.jax_enable_compilation_cache:
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "moejax" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def dense_params(flat: dict[str, np.ndarray]) -> dict[str, dict[str, jax.Array]]:
+    """Parameters by "group/name" as the nested dict that the decoder takes, on the device."""
+    params: dict[str, dict[str, jax.Array]] = {}
+    for path, array in flat.items():
+        group, name = path.split("/")
+        params.setdefault(group, {})[name] = jnp.asarray(array)
+    return params
+
+
+def store(
+    config: ModelConfig, records: np.ndarray | None, dtype: str, *, on_device: bool
+) -> ExpertStore | None:
+    """The expert store of records [L * E, R].
+
+    On a CPU it aliases the records. On a GPU they lie in pinned host memory, or on the device when
+    all of them fit (`on_device`).
+    """
+    if records is None:
+        return None
+    device = jax.devices()[0]
+    kind = None if device.platform == "cpu" or on_device else "pinned_host"
+    sharding = jax.sharding.SingleDeviceSharding(device, memory_kind=kind)
+    return ExpertStore(
+        records=jax.device_put(records, sharding), layout=config.record_layout(dtype)
+    )
+
+
+def abstract_params(model: Decoder) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """Shapes and dtypes of the decoder's parameters."""
+    params: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
+    for path, shape in parameter_shapes(model.config).items():
+        group, name = path.split("/")
+        params.setdefault(group, {})[name] = jax.ShapeDtypeStruct(shape, model.dtype)
+    return params
+
+
+def abstract_store(config: ModelConfig, dtype: str) -> ExpertStore:
+    """Shape and dtype of the expert store."""
+    layout = config.record_layout(dtype)
+    shape = (config.num_moe_layers * config.num_experts, layout.elements)
+    return ExpertStore(records=jax.ShapeDtypeStruct(shape, layout.bits), layout=layout)
+
+
+def dense_bytes(config: ModelConfig, dtype: str) -> int:
+    """Bytes of all parameters but the experts."""
+    item = DTYPES[dtype].itemsize
+    return sum(int(np.prod(s)) * item for s in parameter_shapes(config).values())
+
+
+def kv_bytes(model: Decoder, batch: int, context: int) -> int:
+    """Bytes of the KV cache."""
+    kv = jax.eval_shape(lambda: decode.init_kv(model.config, batch, context, model.dtype))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kv))
+
+
+def workspace_bytes(model: Decoder, policy: Policy | None, batch: int, context: int) -> int:
+    """Scratch memory that XLA's plan of the prefill step asks for, measured by compiling it."""
+    config = model.config
+    experts = abstract_store(config, model.dtype) if config.moe_layers else None
+
+    def fresh() -> decode.DecodeState:
+        return decode.init_state(
+            model, policy, experts, slots=max(config.top_k, 1), batch=batch, context=context
+        )
+
+    lowered = decode.decode_step.lower(
+        model,
+        policy,
+        abstract_params(model),
+        experts,
+        jax.eval_shape(fresh),
+        jax.ShapeDtypeStruct((batch, decode.PREFILL_CHUNK), jnp.int32),
+    )
+    plan = lowered.compile().memory_analysis()
+    return int(plan.temp_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes)
+
+
+def slots_for(
+    model: Decoder, policy: Policy | None, memory: int, context: int, batch: int = 1
+) -> int:
+    """Slots that fit `memory` bytes beside dense weights, KV cache and workspace.
+
+    Raises:
+        BudgetError: not even one layer's top-k fits; the message lists what takes the memory.
+    """
+    config = model.config
+    parts = {
+        "dense weights": dense_bytes(config, model.dtype),
+        f"KV cache of {context} tokens": kv_bytes(model, batch, context),
+        "workspace": workspace_bytes(model, policy, batch, context),
+    }
+    left = memory - sum(parts.values())
+    if not config.moe_layers:
+        slots, least, stride = 0, 0, 0
+    else:
+        stride = config.record_layout(model.dtype).stride
+        slots, least = max(left, 0) // stride, config.top_k
+    if left < 0 or slots < least:
+        needed = sum(parts.values()) + least * stride
+        listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
+        raise BudgetError(
+            f"{format_bytes(memory)} is too little: {listed}, and {least} experts of "
+            f"{format_bytes(stride)} each; give at least {format_bytes(needed)} or a shorter context"
+        )
+    return slots

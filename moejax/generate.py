@@ -1,0 +1,261 @@
+"""Generation: prefill, then one jitted program per token that decodes and samples."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.decode import PREFILL_CHUNK, check_room, chunks, step
+from moejax.errors import InputError, NonFiniteError
+from moejax.models.transformer import Decoder
+from moejax.policy import Policy
+from moejax.sampling import (
+    Sampling,
+    mark_seen,
+    nonfinite_rows,
+    sample,
+    sequence_keys,
+    token_logprobs,
+    top_logprobs,
+)
+from moejax.state import DecodeState, ExpertStore, StepOutput, StepTrace, pytree
+
+
+@pytree
+class Totals:
+    """Sums of a step's trace over layers; counts are experts."""
+
+    needed: jax.Array  # [] i32
+    hits: jax.Array  # [] i32
+    fetched: jax.Array  # [] i32
+    replaced_mass: jax.Array  # [] f32
+
+
+@pytree
+class Drawn:
+    """The tokens that a step chose."""
+
+    token: jax.Array  # [B] i32
+    logprob: jax.Array  # [B] f32, in the model's own distribution
+    top_logprob: jax.Array  # [B, n] f32
+    top_token: jax.Array  # [B, n] i32
+    bad: jax.Array  # [B] bool, NaN or infinity in the logits
+    totals: Totals | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """One generated token of one sequence."""
+
+    sequence: int
+    id: int
+    logprob: float
+    top_logprobs: tuple[tuple[int, float], ...]  # (token id, log-probability), likeliest first
+
+
+@dataclasses.dataclass
+class Stats:
+    """What a run cost. Counts are experts over all layers; times are seconds."""
+
+    record_bytes: int  # bytes of one expert's record
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    steps: int = 0  # decode steps, prefill not included
+    needed: int = 0  # expert uses in decode, per layer and step distinct
+    hits: int = 0
+    prefill_needed: int = 0
+    prefill_hits: int = 0
+    fetched: int = 0  # records copied into slots, prefill included
+    replaced_mass: float = 0.0
+    exact: bool = True
+    ttft: float | None = None
+    decode_seconds: float = 0.0
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of decode's expert uses that found the expert resident."""
+        return self.hits / self.needed if self.needed else None
+
+    @property
+    def tpot(self) -> float | None:
+        """Seconds per decode step (time per output token of one sequence)."""
+        return self.decode_seconds / self.steps if self.steps else None
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes copied into slots."""
+        return self.fetched * self.record_bytes
+
+    def add(self, totals: Totals | None, *, prefill: bool) -> None:
+        """Count one step."""
+        if totals is None:
+            return
+        counted = jax.device_get(totals)
+        self.fetched += int(counted.fetched)
+        self.replaced_mass += float(counted.replaced_mass)
+        if prefill:
+            self.prefill_needed += int(counted.needed)
+            self.prefill_hits += int(counted.hits)
+        else:
+            self.needed += int(counted.needed)
+            self.hits += int(counted.hits)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields and derived figures, for JSON."""
+        derived = {"hit_rate": self.hit_rate, "tpot": self.tpot, "bytes_moved": self.bytes_moved}
+        return dataclasses.asdict(self) | derived
+
+
+def _totals(trace: StepTrace | None) -> Totals | None:
+    if trace is None:
+        return None
+    return Totals(
+        needed=trace.needed.sum(),
+        hits=trace.hits.sum(),
+        fetched=trace.fetched.sum(),
+        replaced_mass=trace.replaced_mass.sum(),
+    )
+
+
+def _draw(
+    out: StepOutput, length: jax.Array, sampling: Sampling, key: jax.Array, seen: Any, top: int
+) -> Drawn:
+    numbers = jnp.arange(out.logits.shape[0], dtype=jnp.int32)
+    token = sample(out.logits, sampling, sequence_keys(key, numbers, length), seen)
+    values, ids = top_logprobs(out.logits, top)
+    return Drawn(
+        token=token,
+        logprob=token_logprobs(out.logits, token),
+        top_logprob=values,
+        top_token=ids,
+        bad=nonfinite_rows(out.logits),
+        totals=_totals(out.trace),
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "top"), donate_argnames=("state", "seen")
+)
+def generate_step(
+    model: Decoder,
+    policy: Policy | None,
+    params: dict,
+    store: ExpertStore | None,
+    state: DecodeState,
+    tokens: jax.Array,
+    sampling: Sampling,
+    key: jax.Array,
+    seen: jax.Array | None,
+    *,
+    top: int = 0,
+) -> tuple[DecodeState, jax.Array | None, Drawn]:
+    """Process tokens [B, T] (-1 = padding or a finished sequence) and draw the next ones.
+
+    Donates `state` and `seen` [B, V], the mask of the repetition penalty (None without one).
+    """
+    if seen is not None:
+        seen = mark_seen(seen, jnp.maximum(tokens, 0), tokens >= 0)
+    state, out = step(model, policy, params, store, state, tokens)
+    return state, seen, _draw(out, state.length, sampling, key, seen, top)
+
+
+@dataclasses.dataclass
+class Engine:
+    """The fixed parts of a run; its methods are loops over the jitted step."""
+
+    model: Decoder
+    policy: Policy | None
+    params: dict
+    store: ExpertStore | None
+    chunk: int = PREFILL_CHUNK
+
+    def tokens(
+        self,
+        state: DecodeState,
+        prompts: Sequence[np.ndarray],
+        *,
+        sampling: Sampling,
+        seed: int,
+        max_new_tokens: int,
+        stop_ids: frozenset[int],
+        stats: Stats,
+        finished: np.ndarray,
+        seen: jax.Array | None = None,
+        top: int = 0,
+    ) -> Iterator[tuple[DecodeState, list[Token]]]:
+        """Prefill the prompts, then yield the state and each step's new tokens.
+
+        A sequence ends at a stop token (yielded too) or when the caller sets its entry of
+        `finished` [B]; the loop ends when all have, or after `max_new_tokens`.
+
+        Raises:
+            InputError: an empty prompt, a token out of range, or a context too small.
+            NonFiniteError: NaN or infinity in the logits.
+        """
+        vocab = self.model.config.vocab_size
+        for prompt in prompts:
+            if len(prompt) and not (0 <= prompt.min() and prompt.max() < vocab):
+                raise InputError(f"token ids must be in [0, {vocab})")
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        check_room(state, [len(p) for p in prompts], max_new_tokens - 1)
+        begun = time.perf_counter()
+        key = jax.random.key(seed)
+        fixed = (self.model, self.policy, self.params, self.store)
+        pending = np.full(len(prompts), -1, np.int32)
+        drawn, done = None, 0
+        for tokens in chunks(prompts, self.chunk):
+            state, seen, drawn = generate_step(*fixed, state, tokens, sampling, key, seen, top=top)
+            stats.add(drawn.totals, prefill=True)
+            ends = [done < len(p) <= done + self.chunk for p in prompts]
+            done += self.chunk
+            first = self._collect(drawn, np.array(ends))
+            for token in first:
+                pending[token.sequence] = token.id
+            if all(len(p) <= done for p in prompts):
+                stats.ttft = time.perf_counter() - begun
+            if first:
+                yield state, first
+                finished |= np.isin(pending, list(stop_ids)) & np.array(ends)
+        stats.prompt_tokens += sum(len(p) for p in prompts)
+        stats.new_tokens += len(prompts)
+        for _ in range(max_new_tokens - 1):
+            if finished.all():
+                return
+            begun = time.perf_counter()
+            tokens = np.where(finished, -1, pending)[:, None].astype(np.int32)
+            state, seen, drawn = generate_step(*fixed, state, tokens, sampling, key, seen, top=top)
+            fresh = self._collect(drawn, ~finished)
+            stats.add(drawn.totals, prefill=False)
+            stats.decode_seconds += time.perf_counter() - begun
+            stats.steps += 1
+            stats.new_tokens += len(fresh)
+            for token in fresh:
+                pending[token.sequence] = token.id
+            yield state, fresh
+            finished |= np.isin(pending, list(stop_ids))
+
+    def _collect(self, drawn: Drawn, active: np.ndarray) -> list[Token]:
+        host = jax.device_get(dataclasses.replace(drawn, totals=None))
+        if (host.bad & active).any():
+            raise NonFiniteError(
+                "the logits hold NaN or infinity; check the weights (`moejax inspect --verify`) or "
+                "run in float32"
+            )
+        return [
+            Token(
+                sequence=int(i),
+                id=int(host.token[i]),
+                logprob=float(host.logprob[i]),
+                top_logprobs=tuple(
+                    (int(t), float(v))
+                    for t, v in zip(host.top_token[i], host.top_logprob[i], strict=True)
+                ),
+            )
+            for i in np.flatnonzero(active)
+        ]

@@ -1,0 +1,52 @@
+"""From a name to a model directory: the embedded model, a path, or a Hugging Face hub id."""
+
+import os
+import pathlib
+import re
+
+from moejax.errors import CheckpointError, HubError
+
+EMBEDDED = {"tiny": "tiny", "tiny-draft": "tiny_draft"}
+PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def resolve(path_or_name: str | os.PathLike) -> pathlib.Path:
+    """The directory of a model; downloads it if it is a hub id that is not cached yet.
+
+    Raises:
+        CheckpointError: no such directory.
+        HubError: the download failed, or HF_HUB_OFFLINE forbids it.
+    """
+    name = os.fspath(path_or_name)
+    if name in EMBEDDED:
+        return pathlib.Path(__file__).parent.parent / "checkpoints" / EMBEDDED[name]
+    path = pathlib.Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path} is a file: give the directory that holds config.json")
+    if not HUB_ID.fullmatch(name):
+        raise CheckpointError(
+            f"there is no directory {path}; known names: {', '.join(EMBEDDED)}, or a hub id such "
+            "as Qwen/Qwen3-30B-A3B"
+        )
+    return _download(name)
+
+
+def _download(name: str) -> pathlib.Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=list(PATTERNS))
+        )
+    except LocalEntryNotFoundError as error:
+        raise HubError(
+            f"{name} is not in the local cache and cannot be downloaded now (offline, or "
+            "HF_HUB_OFFLINE is set); give a local directory, or go online once"
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise HubError(f"{name} could not be downloaded: {first}") from error
