@@ -96,7 +96,9 @@ class _ByteFallback:
                 out.append(self._add(bytes([int(byte[1], 16)])))
             else:
                 out += [self._end(), piece]
-        return [*out, self._end()] if last else out
+        if last:
+            out.append(self._end())
+        return [piece for piece in out if piece]  # later stages count pieces
 
     def _add(self, byte: bytes) -> str:
         if self._text is None:

@@ -3,9 +3,9 @@
     B  sequences                T  tokens per sequence                V  vocabulary
 
 The order is that of transformers' `generate`: repetition penalty, temperature, top-k, top-p, min-p,
-with the same treatment of ties. Everything but `validate` and `sampling_from` is
-pure and runs inside `jit`. Rows are computed one after another by one program, so a sequence's
-token has the same bits at any place in any batch, and a greedy row pays for no truncation.
+with the same treatment of ties. Everything but `validate` and `sampling_from` is pure and runs
+inside `jit`. Rows are computed one after another by one program, so a sequence's token has the same
+bits at any place in any batch, and a greedy row pays for no truncation.
 """
 
 from collections.abc import Mapping
