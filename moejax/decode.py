@@ -11,7 +11,7 @@ import numpy as np
 
 from moejax import residency as tables
 from moejax.config import ModelConfig
-from moejax.errors import BudgetError, InputError
+from moejax.errors import BudgetError, InputError, PolicyError
 from moejax.layout import BITS
 from moejax.models.layers import KV_BLOCK
 from moejax.models.transformer import Decoder
@@ -70,9 +70,7 @@ def decode_step(
         all_logits: return [B, T, V] instead of the last token's [B, V].
         scores: keep the full router scores [L, N, E] in the trace.
     """
-    return step(
-        model, policy, params, store, state, tokens, all_logits=all_logits, scores=scores
-    )
+    return step(model, policy, params, store, state, tokens, all_logits=all_logits, scores=scores)
 
 
 def init_kv(config: ModelConfig, batch: int, context: int, dtype: str) -> KVCache | LatentKVCache:
@@ -136,14 +134,18 @@ def init_state(
     config = model.config
     cache = memory = None
     if config.num_moe_layers:
+        if policy.placement.uses_host and jax.default_backend() != "cpu":
+            raise PolicyError("this placement computes experts on the host: run it on a CPU")
         cache = init_cache(config, store, slots, virtual=virtual, per_layer=per_layer)
         memory = policy.init(config.num_moe_layers, config.num_experts)
-    return DecodeState(
+    state = DecodeState(
         kv=init_kv(config, batch, context, model.dtype),
         experts=cache,
         policy=memory,
         length=jnp.zeros(batch, jnp.int32),
     )
+    # Committed to its device like the state that a step returns: the second step would recompile.
+    return jax.device_put(state, jax.devices()[0])
 
 
 def chunks(prompts: list[np.ndarray], size: int = PREFILL_CHUNK) -> Iterator[np.ndarray]:
@@ -189,7 +191,8 @@ def prefill(
 
 def rewind(state: DecodeState, length: np.ndarray) -> DecodeState:
     """The state with only the first `length` [B] tokens of each sequence in its KV cache."""
-    return dataclasses.replace(state, length=jnp.asarray(length, jnp.int32))
+    kept = jax.device_put(np.asarray(length, np.int32), state.length.sharding)
+    return dataclasses.replace(state, length=kept)
 
 
 def capacity(state: DecodeState) -> int:
@@ -198,7 +201,7 @@ def capacity(state: DecodeState) -> int:
 
 
 def check_room(state: DecodeState, prompts: list[int], extra: int = 0) -> None:
-    """Raise InputError unless prompts of these lengths, and `extra` tokens each, fit the context."""
+    """Raise InputError unless prompts of these lengths plus `extra` tokens fit the context."""
     if not prompts or min(prompts) < 1:
         raise InputError("a prompt is empty: give at least one token per sequence")
     lengths = np.asarray(state.length)

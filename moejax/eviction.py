@@ -15,6 +15,7 @@ class Access:
     layer: jax.Array  # [] i32
     scores: jax.Array  # [N, E] f32
     needed: jax.Array  # [E] bool, used by any token
+    tokens: jax.Array  # [E] i32, how many tokens use it
     last_use: jax.Array  # [E] i32, position of the last use among the step's N * K picks, or -1
     valid: jax.Array  # [N] bool
 

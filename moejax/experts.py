@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from moejax import kernels
 from moejax import residency as tables
 from moejax.eviction import Access
+from moejax.layout import RecordLayout
 from moejax.policy import Policy
 from moejax.routing import Routing
 from moejax.state import ExpertCache, ExpertStore, pytree
@@ -33,6 +34,7 @@ class LayerTrace:
     needed: jax.Array
     hits: jax.Array
     fetched: jax.Array
+    host: jax.Array
     passes: jax.Array
 
 
@@ -89,7 +91,10 @@ def access(layer: jax.Array, scores: jax.Array, routing: Routing, valid: jax.Arr
     flat = jnp.where(valid[:, None], routing.expert, experts).reshape(-1)
     positions = jnp.arange(flat.shape[0], dtype=jnp.int32)
     last = jnp.full(experts, -1, jnp.int32).at[flat].max(positions, mode="drop")
-    return Access(layer=layer, scores=scores, needed=last >= 0, last_use=last, valid=valid)
+    tokens = jnp.zeros(experts, jnp.int32).at[flat].add(1, mode="drop")
+    return Access(
+        layer=layer, scores=scores, needed=last >= 0, tokens=tokens, last_use=last, valid=valid
+    )
 
 
 def first_use(routing: Routing, valid: jax.Array, experts: int) -> jax.Array:
@@ -118,10 +123,16 @@ def apply(
     keys = policy.evictor.keys(memory, layer)
     order = jnp.argsort(first_use(routing, valid, experts)).astype(jnp.int32)
     blocks = group(routing.expert, valid, experts)
+    hits = used.needed & resident(policy, cache, layer, experts)
+    missing = used.needed & ~hits
     virtual = cache.pool.shape[0] == 0
     source = store.records if virtual else cache.pool
     y = jnp.zeros((*blocks.tokens.shape, x.shape[-1]), jnp.float32)
-    hits = used.needed & resident(policy, cache, layer, experts)
+    host = jnp.zeros_like(missing)
+    if policy.placement.uses_host:
+        host = missing & ~policy.placement.fetch(missing, used.tokens, scores)
+        ids = layer * experts + blocks.expert
+        _, y = _compute(store.layout, store.records, ids, host, blocks, x, y)
 
     def one_pass(carry: tuple) -> tuple:
         pending, source, residency, y, fetched, passes = carry
@@ -131,20 +142,10 @@ def apply(
         slots = tables.layer_slots(residency, layer, experts, policy.capacity)
         run = pending & (slots >= 0)
         index = layer * experts + blocks.expert if virtual else slots[blocks.expert]
-        todo = run[blocks.expert] & (blocks.expert >= 0)
-        source, y = kernels.expert_rows(
-            store.layout,
-            source,
-            index,
-            jnp.argsort(~todo).astype(jnp.int32),
-            todo.sum(dtype=jnp.int32),
-            x,
-            blocks.tokens,
-            y,
-        )
+        source, y = _compute(store.layout, source, index, run, blocks, x, y)
         return pending & ~run, source, residency, y, fetched + count, passes + 1
 
-    start = (used.needed, source, cache.residency, y, jnp.int32(0), jnp.int32(0))
+    start = (used.needed & ~host, source, cache.residency, y, jnp.int32(0), jnp.int32(0))
     _, source, residency, y, fetched, passes = jax.lax.while_loop(
         lambda carry: carry[0].any(), one_pass, start
     )
@@ -152,12 +153,27 @@ def apply(
         needed=used.needed.sum(dtype=jnp.int32),
         hits=hits.sum(dtype=jnp.int32),
         fetched=fetched,
+        host=host.sum(dtype=jnp.int32),
         passes=passes,
     )
-    pool = cache.pool if virtual else source
-    out = combine(y, blocks, routing)
-    cache = dataclasses.replace(cache, pool=pool, residency=residency)
-    return out, cache, memory, trace
+    cache = dataclasses.replace(cache, pool=cache.pool if virtual else source, residency=residency)
+    return combine(y, blocks, routing), cache, memory, trace
+
+
+def _compute(
+    layout: RecordLayout,
+    source: jax.Array,
+    index: jax.Array,
+    run: jax.Array,
+    blocks: Blocks,
+    x: jax.Array,
+    y: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Fill in y for the blocks of the experts `run` [E], whose records are source[index]."""
+    todo = run[blocks.expert] & (blocks.expert >= 0)
+    first = jnp.argsort(~todo).astype(jnp.int32)
+    count = todo.sum(dtype=jnp.int32)
+    return kernels.expert_rows(layout, source, index, first, count, x, blocks.tokens, y)
 
 
 def _fetch(

@@ -138,9 +138,7 @@ def _draw(
     )
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "top"), donate_argnames=("state", "seen")
-)
+@functools.partial(jax.jit, static_argnames=("model", "top"), donate_argnames=("state", "seen"))
 def generate_step(
     model: Decoder,
     policy: Policy | None,

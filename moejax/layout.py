@@ -1,4 +1,4 @@
-"""How one expert's weights lie in one flat, aligned record (memory and disk use the same layout)."""
+"""How one expert's weights lie in one flat, aligned record, in memory and on disk alike."""
 
 import dataclasses
 import math
@@ -62,7 +62,7 @@ class RecordLayout:
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Uninitialised array whose first byte is aligned like a record, so that JAX need not copy it."""
+    """Uninitialised array aligned like a record, so that JAX need not copy it."""
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + RECORD_ALIGNMENT, np.uint8)

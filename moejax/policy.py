@@ -1,4 +1,4 @@
-"""A Policy bundles one router, one evictor and the numbers they share; presets have names."""
+"""A Policy bundles a router, an evictor, a placement and their numbers; presets have names."""
 
 import importlib.metadata
 from typing import Any
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from moejax.errors import PolicyError
 from moejax.eviction import LRU, Evictor
+from moejax.placement import FetchAll, Placement
 from moejax.routing import Router, TopK
 from moejax.state import pytree
 
@@ -20,6 +21,7 @@ class Policy:
 
     router: Router
     evictor: Evictor
+    placement: Placement
     capacity: jax.Array | int  # slots in use, at most S
 
     @property
@@ -33,7 +35,7 @@ class Policy:
 
 
 def _lru() -> Policy:
-    return Policy(router=TopK(), evictor=LRU(), capacity=jnp.int32(UNLIMITED))
+    return Policy(router=TopK(), evictor=LRU(), placement=FetchAll(), capacity=jnp.int32(UNLIMITED))
 
 
 _PRESETS = {"lru": _lru}

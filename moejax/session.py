@@ -1,4 +1,4 @@
-"""A conversation: KV cache and residency stay across turns, shared prefixes are not prefilled again."""
+"""A conversation: KV cache and residency stay across turns, a shared prefix is prefilled once."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

@@ -88,6 +88,7 @@ class StepTrace:
     needed: jax.Array  # [L] i32, distinct experts needed
     hits: jax.Array  # [L] i32, of those, resident when the layer began
     fetched: jax.Array  # [L] i32, records copied into slots
+    host: jax.Array  # [L] i32, experts computed on the host
     passes: jax.Array  # [L] i32, passes over the slots
     replaced_mass: jax.Array  # [L] f32, router weight moved to stand-ins, summed over tokens
     scores: jax.Array | None  # [L, N, E] f32, full router scores when recording them
