@@ -1,0 +1,283 @@
+"""Where each tensor of a checkpoint belongs, as a table checked in full before anything is read."""
+
+import collections
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moejax.checkpoints.headers import Problems, TensorInfo
+from moejax.layout import DTYPES, RecordLayout
+
+EXPERTS = "experts"
+EXPERT_TARGETS = ("experts/gate_up", "experts/down")
+SOURCE_DTYPES = ("BF16", "F16", "F32")
+QUANTISED_DTYPES = ("F8_", "F6_", "F4")
+QUANTISED_NAMES = re.compile(
+    r"(.*[._])?(weight_scale|weight_scale_inv|weight_packed|qweight|qzeros|scales|g_idx|blocks"
+    r"|input_scale|absmax|quant_map|quant_state\..*)"
+)
+MAX_LAYERS = 1024  # probed to turn a stack index back into a layer's number
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One line of the table: tensors named like `pattern` belong at `target`.
+
+    `{layer}` and `{expert}` in the pattern stand for decimal numbers. The target is a dense path
+    such as "attention/q", or "experts/gate_up" or "experts/down" (one expert's with `{expert}` in
+    the pattern, else all experts of the layer stacked), or None for a tensor that is not needed.
+    `half` 0 or 1: the tensor is the first or second half of the target's rows (gate is half 0 of
+    gate_up, up is half 1). Where several rules match a name, the first whose target the model has
+    at that layer applies.
+    """
+
+    pattern: str
+    target: str | None
+    half: int | None = None
+
+    def __post_init__(self):
+        if self.half not in (None, 0, 1):
+            raise ValueError(f"half of {self.pattern} must be 0, 1 or None")
+        if self.is_expert and self.target not in EXPERT_TARGETS:
+            raise ValueError(f"{self.target} is not one of {EXPERT_TARGETS}")
+        if self.is_expert and not self.stacked:
+            raise ValueError(f"an expert's pattern needs {{layer}}: {self.pattern}")
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether the target is a part of expert records."""
+        return self.target is not None and self.target.startswith(EXPERTS + "/")
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the tensor is one layer of its target."""
+        return "{layer}" in self.pattern
+
+    @functools.cached_property
+    def _regex(self) -> re.Pattern:
+        # One spelling per number and a bounded length: "00" would be a second name for layer 0.
+        number = r"(?P<\1>0|[1-9][0-9]{0,5})"
+        return re.compile(re.sub(r"\\\{(layer|expert)\\\}", number, re.escape(self.pattern)))
+
+    def match(self, name: str) -> dict[str, int] | None:
+        """The numbers in a matching name, e.g. {"layer": 3, "expert": 7}, or None."""
+        found = self._regex.fullmatch(name)
+        return found and {key: int(value) for key, value in found.groupdict().items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightMap:
+    """All a reader must know of a model: the rules, and what they have to fill.
+
+    specs: dense path -> anything with `shape` (stack dimension included) and `dtype` (bf16 or f32).
+    stack_index(target, layer): where in the stack a layer's tensor belongs, None when that layer
+    has no such tensor or the model has no such layer; for "experts/..." the expert layer's number.
+    layout, expert_layers (L), experts (E): of the records, [L * E, R]; left out for a dense model.
+    A rule whose target has no spec (or no layout) never applies.
+    """
+
+    rules: Sequence[Rule]
+    specs: Mapping[str, Any]
+    stack_index: Callable[[str, int], int | None]
+    layout: RecordLayout | None = None
+    expert_layers: int = 0
+    experts: int = 0
+
+    def __post_init__(self):
+        unfilled = set(self.specs) - {rule.target for rule in self.rules}
+        if unfilled:
+            raise ValueError(f"no rule fills {sorted(unfilled)}")
+        for path, spec in self.specs.items():
+            if np.dtype(spec.dtype).name not in DTYPES:
+                raise ValueError(f"{path} is {spec.dtype}; weights are one of {list(DTYPES)}")
+        for rule in self.rules:
+            spec = self.specs.get(rule.target)
+            if spec is None or rule.half is None:
+                continue
+            if spec.shape[int(rule.stacked)] % 2:
+                raise ValueError(f"{rule.target} has no halves: {spec.shape}")
+
+    @property
+    def records_shape(self) -> tuple[int, int] | None:
+        """Shape [L * E, R] of the expert records, None for a dense model."""
+        if self.layout is None:
+            return None
+        return self.expert_layers * self.experts, self.layout.elements
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A run of a tensor's elements and where it lies, contiguous on both sides."""
+
+    tensor: TensorInfo
+    skip: int  # first element, within the tensor
+    count: int  # elements
+    target: str  # a dense path, or "experts" for the records
+    start: int  # first element, within the flat target
+    dtype: str  # the target's: "bfloat16" or "float32"
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes to read."""
+        return self.count * (2 if self.tensor.dtype in ("BF16", "F16") else 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """What one tensor fills: `indices` are stack indices or expert ids."""
+
+    shape: tuple[int, ...]  # expected of the tensor
+    indices: Sequence[int]
+    count: int  # elements for each index
+    starts: Sequence[int]
+    dtype: str
+    halves: Sequence[int]
+
+
+class _Planner:
+    def __init__(self, weights: WeightMap):
+        self.weights = weights
+        self.problems = Problems()
+        self.placements: list[Placement] = []
+        self.filled: dict[tuple[str, int, int], str] = {}
+        self.used: set[Rule] = set()
+        self._layers: dict[str, dict[int | None, int]] = {}
+        split = {rule.target for rule in weights.rules if rule.half is not None}
+        self.halves = {target: 2 if target in split else 1 for target in self.targets()}
+
+    def targets(self) -> Iterator[str]:
+        yield from self.weights.specs
+        if self.weights.layout is not None:
+            yield from EXPERT_TARGETS
+
+    def size(self, target: str) -> int:
+        """How many stack indices or experts the target has."""
+        if target in EXPERT_TARGETS:
+            return self.weights.records_shape[0]
+        stacked = any(rule.stacked for rule in self.weights.rules if rule.target == target)
+        return self.weights.specs[target].shape[0] if stacked else 1
+
+    def slot(self, rule: Rule, numbers: dict[str, int]) -> _Slot | None:
+        """What a matching tensor fills, None where the model has no such tensor."""
+        weights = self.weights
+        if rule.target not in self.halves:
+            return None
+        index = weights.stack_index(rule.target, numbers["layer"]) if rule.stacked else 0
+        if index is None:
+            return None
+        limit = weights.expert_layers if rule.is_expert else self.size(rule.target)
+        if not 0 <= index < limit:
+            raise ValueError(f"stack_index gave {index} of {limit} for {rule.target}, {numbers}")
+        if rule.is_expert:
+            if numbers.get("expert", 0) >= weights.experts:
+                return None
+            base, shape = weights.layout.parts[rule.target.removeprefix("experts/")]
+            stride, dtype = weights.layout.elements, weights.layout.dtype
+            first = index * weights.experts + numbers.get("expert", 0)
+            indices = range(first, first + (1 if "expert" in numbers else weights.experts))
+        else:
+            spec = weights.specs[rule.target]
+            shape = tuple(spec.shape[1:] if rule.stacked else spec.shape)
+            base, stride, dtype = 0, math.prod(shape), np.dtype(spec.dtype).name
+            indices = (index,)
+        if rule.half is not None:
+            shape = (shape[0] // 2, *shape[1:])
+            base += rule.half * math.prod(shape)
+        fused = rule.is_expert and "expert" not in numbers
+        return _Slot(
+            shape=(weights.experts, *shape) if fused else shape,
+            indices=indices,
+            count=math.prod(shape),
+            starts=[base + i * stride for i in indices],
+            dtype=dtype,
+            halves=range(self.halves[rule.target]) if rule.half is None else (rule.half,),
+        )
+
+    def add(self, tensor: TensorInfo) -> None:
+        for rule in self.weights.rules:
+            numbers = rule.match(tensor.name)
+            if numbers is None:
+                continue
+            if rule.target is None:
+                return
+            if slot := self.slot(rule, numbers):
+                self.used.add(rule)
+                self.fill(rule, tensor, slot)
+                return
+        if QUANTISED_NAMES.fullmatch(tensor.name) or tensor.dtype.startswith(QUANTISED_DTYPES):
+            self.problems.add("quantised", tensor.name, f"({tensor.dtype})")
+        else:
+            self.problems.add("extra", tensor.name)
+
+    def fill(self, rule: Rule, tensor: TensorInfo, slot: _Slot) -> None:
+        def problem(kind, detail):
+            self.problems.add(kind, tensor.name, detail, group=rule.pattern)
+
+        if tensor.dtype.startswith(QUANTISED_DTYPES):
+            problem("quantised", f"({tensor.dtype})")
+        elif tensor.dtype not in SOURCE_DTYPES:
+            problem("dtype", f"is {tensor.dtype}, needs one of {', '.join(SOURCE_DTYPES)}")
+        elif tensor.shape != slot.shape:
+            problem("shape", f"is {list(tensor.shape)}, needs {list(slot.shape)}")
+        keys = [(rule.target, i, half) for i in slot.indices for half in slot.halves]
+        for key in keys:
+            other = self.filled.setdefault(key, tensor.name)
+            if other != tensor.name:
+                problem("duplicate", f"holds the same weights as {other}")
+                break
+        target = EXPERTS if rule.is_expert else rule.target
+        for i, start in enumerate(slot.starts):
+            self.placements.append(
+                Placement(tensor, i * slot.count, slot.count, target, start, slot.dtype)
+            )
+
+    def rule_for(self, target: str, half: int) -> Rule:
+        fitting = [r for r in self.weights.rules if r.target == target and r.half in (None, half)]
+        return next((rule for rule in fitting if rule in self.used), fitting[0])
+
+    def find_missing(self) -> None:
+        missing: dict[str, str] = {}
+        for target, halves in self.halves.items():
+            for index, half in itertools.product(range(self.size(target)), range(halves)):
+                if (target, index, half) in self.filled:
+                    continue
+                rule, stack, expert = self.rule_for(target, half), index, 0
+                if rule.is_expert:
+                    stack, expert = divmod(index, self.weights.experts)
+                layer = self.layers(target).get(stack, "{layer}")
+                name = rule.pattern.replace("{layer}", str(layer))
+                missing[name.replace("{expert}", str(expert))] = rule.pattern
+        for name, pattern in missing.items():
+            self.problems.add("missing", name, group=pattern)
+
+    def layers(self, target: str) -> dict[int | None, int]:
+        """The layer of each stack index."""
+        if target not in self._layers:
+            index = self.weights.stack_index
+            self._layers[target] = {index(target, i): i for i in reversed(range(MAX_LAYERS))}
+        return self._layers[target]
+
+
+def plan(tensors: Iterable[TensorInfo], weights: WeightMap, what: str) -> list[Placement]:
+    """Where every tensor of a checkpoint goes, in file order; `what` names it in errors.
+
+    Raises one CheckpointError that lists every missing, extra, duplicate, misshapen or quantised
+    tensor and every dtype other than bf16, f16 and f32; long lists are grouped by pattern.
+    """
+    planner = _Planner(weights)
+    counts = collections.Counter()
+    for tensor in tensors:
+        counts[tensor.name] += 1
+        if counts[tensor.name] > 1:
+            planner.problems.add("duplicate", tensor.name, f"(again in {tensor.file.name})")
+        else:
+            planner.add(tensor)
+    planner.find_missing()
+    planner.problems.raise_if_any(f"{what} does not fit its config")
+    return sorted(planner.placements, key=lambda p: (str(p.tensor.file), p.tensor.start, p.skip))
