@@ -19,10 +19,13 @@ def expert_weights(layout: RecordLayout, record: jax.Array) -> dict[str, jax.Arr
 
 def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x [..., D] times weight [F, D] transposed: inputs in the weight's dtype, sums in f32."""
+    # A GPU would round f32 inputs to TF32 by default.
+    exact = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         x.astype(weight.dtype),
         weight,
         (((x.ndim - 1,), (weight.ndim - 1,)), ((), ())),
+        precision=exact,
         preferred_element_type=jnp.float32,
     )
 

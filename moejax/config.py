@@ -9,14 +9,19 @@ from typing import Any
 from moejax.errors import ConfigError, UnsupportedModelError
 from moejax.layout import RecordLayout
 
-# Keys that say nothing about inference: training, bookkeeping, generation defaults.
+MAX_SIZE = 2**31 - 1
+MAX_NUMBER = 1e30
+MAX_LAYERS = 1024
+MAX_EXPERTS = 2**16
+
+# Keys that say nothing about inference: training, parallelism, bookkeeping, output options.
 IGNORED_KEYS = frozenset(
-    """_name_or_path architectures attn_implementation auto_map aux_loss_alpha bos_token_id
-    chunk_size_feed_forward dtype eos_token_id ep_size id2label initializer_range label2id
-    max_window_layers model_type output_attentions output_hidden_states output_router_logits
-    pad_token_id pretraining_tp problem_type return_dict router_aux_loss_coef
-    router_jitter_noise seq_aux sep_token_id torch_dtype transformers_version unk_token_id
-    use_cache moe_layer_freq num_key_value_heads is_encoder_decoder tie_encoder_decoder""".split()
+    """_attn_implementation_autoset _commit_hash _name_or_path architectures attention_dropout
+    attn_implementation auto_map aux_loss_alpha chunk_size_feed_forward dtype ep_size id2label
+    initializer_range label2id model_type output_attentions output_hidden_states
+    output_router_logits pretraining_tp problem_type return_dict router_aux_loss_coef
+    router_jitter_noise sep_token_id seq_aux torch_dtype transformers_version unk_token_id
+    use_cache""".split()
 )
 
 
@@ -28,10 +33,10 @@ class Rope:
     theta: float
     kind: str = "default"  # default, linear, dynamic, yarn, llama3, longrope
     factor: float = 1.0
-    original_max_positions: int = 0
-    attention_factor: float | None = None
+    original_max_positions: int = 0  # context before scaling
+    attention_factor: float | None = None  # on cos and sin; None = what the kind prescribes
     interleaved: bool = False  # pairs (2i, 2i+1) as DeepSeek, instead of (i, i + dim/2)
-    options: tuple[tuple[str, Any], ...] = ()  # the numbers of this kind only, sorted by name
+    options: tuple[tuple[str, Any], ...] = ()  # numbers of this kind only, sorted by name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,55 +110,74 @@ class ModelConfig:
 
 
 class Fields:
-    """Reads a config.json key by key and refuses by name whatever nobody has read."""
+    """Reads a JSON object key by key and refuses by name whatever nobody has read."""
 
-    def __init__(self, hf: Mapping[str, Any]):
-        self._hf = dict(hf)
+    def __init__(self, values: Mapping[str, Any], where: str = "config.json"):
+        self._values = dict(values)
+        self._where = where
         self._read: set[str] = set()
 
     def get(self, *names: str, default: Any = dataclasses.MISSING, kind: type | tuple = int) -> Any:
-        """Value of the first of `names` that is present; null counts as absent."""
-        self._read.update(names)
-        for name in names:
-            value = self._hf.get(name)
-            if value is None:
-                continue
-            accepted = (int, float) if kind is float else kind
-            if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-                raise ConfigError(f"config.json: {name} is {value!r}, expected {kind}")
-            return float(value) if kind is float else value
-        if default is dataclasses.MISSING:
-            raise ConfigError(f"config.json: {' or '.join(names)} is missing")
-        return default
+        """Value spelled by any of `names`, which must agree; null counts as absent.
 
-    def size(self, *names: str, default: Any = dataclasses.MISSING) -> Any:
-        """Positive integer below 2^31."""
+        Raises:
+            ConfigError: missing without a default, of another type, or not a finite number.
+        """
+        self._read.update(names)
+        given = {n: self._values[n] for n in names if self._values.get(n) is not None}
+        if not given:
+            if default is dataclasses.MISSING:
+                raise ConfigError(f"{self._where}: {' or '.join(names)} is missing")
+            return default
+        (name, value), *others = given.items()
+        for other, again in others:
+            if again != value:
+                raise ConfigError(f"{self._where}: {name} is {value!r} but {other} is {again!r}")
+        accepted = (int, float) if kind is float else kind
+        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+            raise ConfigError(f"{self._where}: {name} is {value!r:.80}, expected {kind}")
+        if kind is float and not abs(value) <= MAX_NUMBER:
+            raise ConfigError(f"{self._where}: {name} is {value!r:.80}, expected a finite number")
+        return float(value) if kind is float else value
+
+    def size(
+        self, *names: str, default: Any = dataclasses.MISSING, most: int = MAX_SIZE
+    ) -> int | None:
+        """Integer from 1 to `most`."""
         value = self.get(*names, default=default)
-        if value is not None and value is not default and not 0 < value < 2**31:
-            raise ConfigError(f"config.json: {names[0]} is {value}, expected a positive size")
+        if value is not None and not 0 < value <= most:
+            raise ConfigError(f"{self._where}: {names[0]} is {value!r:.80}, expected 1 to {most}")
+        return value
+
+    def number(self, name: str, default: Any = dataclasses.MISSING) -> float | None:
+        """Positive finite number."""
+        value = self.get(name, default=default, kind=float)
+        if value is not None and value <= 0:
+            raise ConfigError(f"{self._where}: {name} is {value}, expected a positive number")
         return value
 
     def expect(self, name: str, *accepted: Any) -> None:
         """Refuse by name any value of `name` other than `accepted` or null."""
         self._read.add(name)
-        value = self._hf.get(name)
+        value = self._values.get(name)
         if value is not None and value not in accepted:
             wanted = " or ".join(repr(a) for a in accepted)
             raise UnsupportedModelError(
-                f"config.json: {name} = {value!r} is not supported (only {wanted})"
+                f"{self._where}: {name} = {value!r:.80} is not supported (only {wanted})"
             )
 
     def finish(self) -> None:
         """Refuse every key that was not read, unless it says nothing about inference."""
         unread = sorted(
             name
-            for name, value in self._hf.items()
-            if name not in self._read and name not in IGNORED_KEYS and value not in (None, False)
+            for name, value in self._values.items()
+            if name not in self._read | IGNORED_KEYS
+            and not (value is None or value is False or value in ([], {}))
         )
         if unread:
             raise UnsupportedModelError(
-                f"config.json: unknown options {', '.join(unread)}; remove those that do not change "
-                "the model's output, or ask for support"
+                f"{self._where}: unknown options {', '.join(unread)}; remove those that do not "
+                "change the model's output, or ask for support"
             )
 
 
@@ -164,106 +188,8 @@ def read_config_json(directory: pathlib.Path) -> dict[str, Any]:
         hf = json.loads(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing: give a Hugging Face model directory") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise ConfigError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(hf, dict):
         raise ConfigError(f"{path} must hold a JSON object")
     return hf
-
-
-def rope_from(fields: Fields, head_dim: int, max_positions: int, theta: float) -> Rope:
-    """Rope of either spelling: rope_theta + rope_scaling (transformers 4) or rope_parameters (5).
-
-    Args:
-        head_dim: channels of one head; `partial_rotary_factor` takes its leading part.
-        theta: the family's default base.
-    """
-    spelled = [fields.get(n, default=None, kind=dict) for n in ("rope_parameters", "rope_scaling")]
-    given = dict(next((s for s in spelled if s), {}))
-    top_theta = fields.get("rope_theta", default=None, kind=float)
-    theta = float(given.pop("rope_theta", None) or top_theta or theta)
-    top_partial = fields.get("partial_rotary_factor", default=None, kind=float)
-    partial = float(given.pop("partial_rotary_factor", None) or top_partial or 1.0)
-    kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
-    given.pop("type", None)
-    original = given.pop("original_max_position_embeddings", None)
-    original = original or fields.get("original_max_position_embeddings", default=None)
-    if kind not in ("default", "linear", "dynamic", "yarn", "llama3", "longrope"):
-        raise UnsupportedModelError(f"config.json: rope type {kind!r} is not supported")
-    factor = given.pop("factor", None)
-    if factor is None and kind in ("linear", "dynamic", "yarn", "llama3"):
-        raise ConfigError(f"config.json: rope type {kind!r} needs a factor")
-    attention_factor = given.pop("attention_factor", None)
-    known = {
-        "yarn": {"beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
-        "llama3": {"low_freq_factor", "high_freq_factor"},
-        "longrope": {"short_factor", "long_factor", "short_mscale", "long_mscale"},
-    }.get(kind, set())
-    unknown = sorted(name for name, v in given.items() if name not in known and v is not None)
-    if unknown:
-        raise UnsupportedModelError(f"config.json: unknown rope options {', '.join(unknown)}")
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
-    dim = int(head_dim * partial)
-    if dim % 2 or dim <= 0:
-        raise ConfigError(f"config.json: {dim} rotary channels of a head of {head_dim}")
-    return Rope(
-        dim=dim,
-        theta=theta,
-        kind=kind,
-        factor=float(factor) if factor is not None else 1.0,
-        original_max_positions=int(original or max_positions),
-        attention_factor=attention_factor,
-        options=tuple(sorted(options.items())),
-    )
-
-
-def token_ids(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Special token ids: eos as a tuple, bos and pad as int or None."""
-    eos = hf.get("eos_token_id")
-    return {
-        "eos_ids": tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,)),
-        "bos_id": hf.get("bos_token_id"),
-        "pad_id": hf.get("pad_token_id"),
-    }
-
-
-def attention_fields(fields: Fields, *, default_theta: float) -> dict[str, Any]:
-    """What every family but MLA spells alike: sizes, heads, norm, rope, vocabulary."""
-    width = fields.size("hidden_size")
-    num_heads = fields.size("num_attention_heads")
-    num_kv_heads = fields.size("num_key_value_heads", default=num_heads)
-    if num_heads % num_kv_heads:
-        raise ConfigError(f"config.json: {num_heads} heads over {num_kv_heads} key-value heads")
-    head_dim = fields.size("head_dim", default=None) or width // num_heads
-    max_positions = fields.size("max_position_embeddings")
-    fields.expect("hidden_act", "silu")
-    fields.expect("attention_dropout", 0, 0.0)
-    return {
-        "vocab_size": fields.size("vocab_size"),
-        "width": width,
-        "num_layers": fields.size("num_hidden_layers"),
-        "num_heads": num_heads,
-        "num_kv_heads": num_kv_heads,
-        "head_dim": head_dim,
-        "max_positions": max_positions,
-        "norm_eps": fields.get("rms_norm_eps", kind=float),
-        "tied_embeddings": fields.get("tie_word_embeddings", default=False, kind=bool),
-        "rope": rope_from(fields, head_dim, max_positions, default_theta),
-        "attention_scale": head_dim**-0.5,
-    }
-
-
-def expert_fields(fields: Fields, num_layers: int, *, width_keys: tuple[str, ...]) -> dict[str, Any]:
-    """Experts per layer, top-k, expert width and which layers are sparse (Qwen's two rules)."""
-    num_experts = fields.size("num_experts", "num_local_experts", "n_routed_experts")
-    top_k = fields.size("num_experts_per_tok")
-    if top_k > num_experts:
-        raise ConfigError(f"config.json: top-{top_k} of {num_experts} experts")
-    step = fields.size("decoder_sparse_step", default=1)
-    dense = fields.get("mlp_only_layers", default=[], kind=list)
-    return {
-        "num_experts": num_experts,
-        "top_k": top_k,
-        "expert_width": fields.size(*width_keys),
-        "moe_layers": tuple(i for i in range(num_layers) if i not in dense and (i + 1) % step == 0),
-    }

@@ -1,4 +1,4 @@
-"""Routers: which experts a token uses, with which weights. Pure functions of scores and residency."""
+"""Routers: which experts a token uses, with which weights, from scores and residency."""
 
 from typing import Protocol
 
@@ -43,7 +43,9 @@ def eligible_scores(rule: RouterRule, scores: jax.Array) -> jax.Array:
     tokens, experts = scores.shape
     grouped = scores.reshape(tokens, rule.num_groups, experts // rule.num_groups)
     best = jax.lax.top_k(grouped.max(axis=-1), rule.top_groups)[1]
-    kept = jnp.zeros((tokens, rule.num_groups), bool).at[jnp.arange(tokens)[:, None], best].set(True)
+    kept = (
+        jnp.zeros((tokens, rule.num_groups), bool).at[jnp.arange(tokens)[:, None], best].set(True)
+    )
     return jnp.where(kept[:, :, None], grouped, 0.0).reshape(tokens, experts)
 
 

@@ -36,6 +36,7 @@ def stem_rules() -> tuple[Rule, ...]:
         Rule("model.embed_tokens.weight", "embed/weight"),
         Rule("model.norm.weight", "final_norm/weight"),
         Rule("lm_head.weight", "head/weight"),
+        Rule("lm_head.weight", None),  # a copy of the embeddings, where those are tied
         Rule(LAYER + "input_layernorm.weight", "norms/input"),
         Rule(LAYER + "post_attention_layernorm.weight", "norms/post"),
         Rule(LAYER + "self_attn.rotary_emb.inv_freq", None),
@@ -51,24 +52,32 @@ def attention_rules() -> tuple[Rule, ...]:
     return (*weights, *biases, *norms)
 
 
-def ffn_rules(prefix: str, group: str) -> tuple[Rule, ...]:
-    """A dense SwiGLU whose gate and up projections become the halves of one matrix."""
+def ffn_rules(
+    prefix: str, group: str, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+) -> tuple[Rule, ...]:
+    """A SwiGLU whose gate and up projections become the halves of one matrix."""
+    gate, up, down = names
     return (
-        Rule(prefix + "gate_proj.weight", f"{group}/gate_up", half=0),
-        Rule(prefix + "up_proj.weight", f"{group}/gate_up", half=1),
-        Rule(prefix + "down_proj.weight", f"{group}/down"),
+        Rule(f"{prefix}{gate}.weight", f"{group}/gate_up", half=0),
+        Rule(f"{prefix}{up}.weight", f"{group}/gate_up", half=1),
+        Rule(f"{prefix}{down}.weight", f"{group}/down"),
     )
 
 
-def expert_rules(block: str = "mlp") -> tuple[Rule, ...]:
+def expert_rules(block: str = "mlp", **names: tuple[str, str, str]) -> tuple[Rule, ...]:
     """Router and experts, one tensor per expert or all of a layer fused."""
     prefix = f"{LAYER}{block}."
     return (
         Rule(prefix + "gate.weight", "moe/router"),
-        *ffn_rules(prefix + "experts.{expert}.", "experts"),
+        *ffn_rules(prefix + "experts.{expert}.", "experts", **names),
         Rule(prefix + "experts.gate_up_proj", "experts/gate_up"),
         Rule(prefix + "experts.down_proj", "experts/down"),
     )
+
+
+def dense_rules() -> tuple[Rule, ...]:
+    """A whole dense model."""
+    return (*stem_rules(), *attention_rules(), *ffn_rules(LAYER + "mlp.", "mlp"))
 
 
 def weight_map(config: ModelConfig, rules: tuple[Rule, ...], dtype: str) -> WeightMap:

@@ -1,5 +1,8 @@
 """Layer mathematics as pure functions of stacked weights [layers, ...] and a layer index."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -12,6 +15,8 @@ from moejax.state import KVCache, pytree
 KV_BLOCK = 128  # positions attended at a time; the KV capacity is a multiple of it
 
 Weights = dict[str, jax.Array]
+# (start) -> f32 keys [B, P, G, H] and values [B, P, G, V] of P = KV_BLOCK positions from start
+Blocks = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 
 @pytree
@@ -26,12 +31,23 @@ class Span:
     window: jax.Array  # [A] i32, attended positions per layer, 0 = all
 
 
+# f32 throughout: GPUs would otherwise round the inputs to TF32.
+einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
 def at(weights: Weights, layer: jax.Array) -> Weights:
     """The weights of one layer."""
     return {
         name: jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
         for name, stack in weights.items()
     }
+
+
+def affine(x: jax.Array, weights: Weights, name: str) -> jax.Array:
+    """Linear map `name` of one layer's weights, with its bias if it has one."""
+    y = linear(x, weights[name])
+    bias = weights.get(f"{name}_bias")
+    return y if bias is None else y + bias.astype(jnp.float32)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -52,7 +68,7 @@ def from_bits(bits: jax.Array, dtype: str) -> jax.Array:
 
 
 def write_rows(cache: jax.Array, layer: jax.Array, rows: jax.Array, span: Span) -> jax.Array:
-    """Write rows [B, T, ...] of bits at their positions of cache [A, B, C, ...]; padding is dropped."""
+    """Write rows [B, T, ...] of bits where they stand in cache [A, B, C, ...], but no padding."""
     batch = jnp.arange(rows.shape[0])[:, None]
     positions = jnp.where(span.valid, span.positions, cache.shape[2])
     return cache.at[layer, batch, positions].set(rows, mode="drop", unique_indices=True)
@@ -65,13 +81,13 @@ def bits_dtype(bits: jax.Array) -> str:
 
 def attend(
     query: jax.Array,  # [B, T, G, Q, H] f32, Q query heads per key-value head
-    blocks: object,  # (start) -> keys [B, P, G, H], values [B, P, G, V] f32 of P = KV_BLOCK positions
+    blocks: Blocks,
     value_dim: int,
     span: Span,
     layer: jax.Array,
     scale: float,
 ) -> jax.Array:
-    """Causal attention [B, T, G, Q, V] over as many blocks as there are positions, online softmax."""
+    """Causal attention [B, T, G, Q, V] over the blocks that hold positions, by online softmax."""
     b, t, g, q, _ = query.shape
     window = span.window[layer]
     window = jnp.where(window > 0, window, jnp.iinfo(jnp.int32).max)
@@ -82,7 +98,7 @@ def attend(
     def block(i: jax.Array, carry: tuple) -> tuple:
         best, mass, out = carry
         keys, values = blocks(i * KV_BLOCK)
-        scores = jnp.einsum("btgqh,bpgh->bgqtp", query, keys) * scale
+        scores = einsum("btgqh,bpgh->bgqtp", query, keys) * scale
         where = i * KV_BLOCK + jnp.arange(KV_BLOCK)
         age = span.positions[:, :, None] - where  # [B, T, P]
         seen = ((age >= 0) & (age < window))[:, None, None]
@@ -92,7 +108,7 @@ def attend(
         kept = jnp.exp(best - safe)
         weights = jnp.exp(scores - safe[..., None])
         mass = mass * kept + weights.sum(axis=-1)
-        out = out * kept[..., None] + jnp.einsum("bgqtp,bpgv->bgqtv", weights, values)
+        out = out * kept[..., None] + einsum("bgqtp,bpgv->bgqtv", weights, values)
         return top, mass, out
 
     shape = (b, g, q, t)
@@ -116,9 +132,7 @@ def grouped_query_attention(
     dtype = bits_dtype(kv.keys)
 
     def project(name: str, heads: int) -> jax.Array:
-        y = linear(x, w[name])
-        if f"{name}_bias" in w:
-            y = y + w[f"{name}_bias"].astype(jnp.float32)
+        y = affine(x, w, name)
         if f"{name}_norm" in w and config.qk_norm == "whole":
             y = rms_norm(y, w[f"{name}_norm"], config.norm_eps)
         if config.clip_qkv is not None:
@@ -146,7 +160,4 @@ def grouped_query_attention(
 
     query = query.reshape(b, t, g, config.num_heads // g, h)
     out = attend(query, blocks, h, span, layer, config.attention_scale)
-    out = linear(out.reshape(b, t, -1), w["o"])
-    if "o_bias" in w:
-        out = out + w["o_bias"].astype(jnp.float32)
-    return out, kv
+    return affine(out.reshape(b, t, -1), w, "o"), kv

@@ -3,31 +3,25 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moejax.config import (
-    Fields,
-    ModelConfig,
-    RouterRule,
-    attention_fields,
-    expert_fields,
-    token_ids,
-)
+from moejax.config import Fields, ModelConfig, RouterRule
 from moejax.models.family import Family, attention_rules, expert_rules, stem_rules
+from moejax.models.fields import attention_bias, attention_fields, expert_fields, windows_from
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
     """ModelConfig of an OLMoE config.json."""
     fields = Fields(hf)
-    attention = attention_fields(fields, default_theta=10000.0)
-    bias = fields.get("attention_bias", default=False, kind=bool)
+    attention = attention_fields(fields)
+    layers = attention["num_layers"]
     built = ModelConfig(
         model_type="olmoe",
         **attention,
-        **expert_fields(fields, attention["num_layers"], width_keys=("intermediate_size",)),
-        **token_ids(hf),
-        qkv_bias=bias,
-        o_bias=bias,
+        **attention_bias(fields),
+        **expert_fields(fields, "intermediate_size"),
         qk_norm="whole",
-        clip_qkv=fields.get("clip_qkv", default=None, kind=float),
+        clip_qkv=fields.number("clip_qkv", default=None),
+        windows=windows_from(fields, None, [False] * layers),
+        moe_layers=tuple(range(layers)),
         router=RouterRule(normalize=fields.get("norm_topk_prob", default=False, kind=bool)),
     )
     fields.finish()

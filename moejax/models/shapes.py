@@ -84,4 +84,7 @@ def stack_index(config: ModelConfig, path: str, layer: int) -> int | None:
 
 
 def _ffn(group: str, layers: int, width: int, hidden: int) -> dict[str, tuple[int, ...]]:
-    return {f"{group}/gate_up": (layers, 2 * hidden, width), f"{group}/down": (layers, width, hidden)}
+    return {
+        f"{group}/gate_up": (layers, 2 * hidden, width),
+        f"{group}/down": (layers, width, hidden),
+    }

@@ -32,7 +32,7 @@ class Stack(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder-only transformer whose experts come in as a store and a cache, not as parameters."""
+    """A decoder-only transformer; its experts come in as a store and a cache, not as parameters."""
 
     config: ModelConfig
     dtype: str = "bfloat16"
@@ -87,11 +87,12 @@ class Decoder(nn.Module):
 def _span(config: ModelConfig, length: jax.Array, tokens: jax.Array) -> Span:
     valid = tokens >= 0
     positions = length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    cos, sin = cos_sin(config.rope, jnp.where(valid, positions, 0))
+    length = length + valid.sum(axis=1, dtype=jnp.int32)
+    cos, sin = cos_sin(config.rope, jnp.where(valid, positions, 0), length)
     return Span(
         positions=positions,
         valid=valid,
-        length=length + valid.sum(axis=1, dtype=jnp.int32),
+        length=length,
         cos=cos,
         sin=sin,
         window=jnp.asarray(config.windows or (0,) * config.num_layers, jnp.int32),
@@ -177,6 +178,7 @@ def moe_layer(
         needed=counts.needed,
         hits=counts.hits,
         fetched=counts.fetched,
+        host=counts.host,
         passes=counts.passes,
         replaced_mass=jnp.where(valid, routing.replaced_mass, 0.0).sum(),
         scores=probabilities if scores else None,
