@@ -35,7 +35,8 @@ def dense_params(flat: dict[str, np.ndarray]) -> dict[str, dict[str, jax.Array]]
     params: dict[str, dict[str, jax.Array]] = {}
     for path, array in flat.items():
         group, name = path.split("/")
-        params.setdefault(group, {})[name] = jnp.asarray(array)
+        # Not jnp.asarray, which copies: on a CPU this aliases aligned arrays.
+        params.setdefault(group, {})[name] = jax.device_put(array)
     return params
 
 
@@ -49,12 +50,17 @@ def store(
     """
     if records is None:
         return None
+    return ExpertStore(
+        records=jax.device_put(records, store_sharding(on_device)),
+        layout=config.record_layout(dtype),
+    )
+
+
+def store_sharding(on_device: bool) -> jax.sharding.SingleDeviceSharding:
+    """Where the expert store lies; see `store`."""
     device = jax.devices()[0]
     kind = None if device.platform == "cpu" or on_device else "pinned_host"
-    sharding = jax.sharding.SingleDeviceSharding(device, memory_kind=kind)
-    return ExpertStore(
-        records=jax.device_put(records, sharding), layout=config.record_layout(dtype)
-    )
+    return jax.sharding.SingleDeviceSharding(device, memory_kind=kind)
 
 
 def abstract_params(model: Decoder) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
@@ -132,6 +138,7 @@ def slots_for(
         listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
         raise BudgetError(
             f"{format_bytes(memory)} is too little: {listed}, and {least} experts of "
-            f"{format_bytes(stride)} each; give at least {format_bytes(needed)} or a shorter context"
+            f"{format_bytes(stride)} each; give at least {format_bytes(needed)} or shorten the "
+            "context"
         )
     return slots

@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 
+from moejax import checkpoints
 from moejax.errors import CheckpointError, HubError
 
 EMBEDDED = {"tiny": "tiny", "tiny-draft": "tiny_draft"}
@@ -11,8 +12,11 @@ PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def resolve(path_or_name: str | os.PathLike) -> pathlib.Path:
+def resolve(path_or_name: str | os.PathLike, *, download: bool = True) -> pathlib.Path:
     """The directory of a model; downloads it if it is a hub id that is not cached yet.
+
+    Args:
+        download: False takes a hub id from the local cache only.
 
     Raises:
         CheckpointError: no such directory.
@@ -20,7 +24,7 @@ def resolve(path_or_name: str | os.PathLike) -> pathlib.Path:
     """
     name = os.fspath(path_or_name)
     if name in EMBEDDED:
-        return pathlib.Path(__file__).parent.parent / "checkpoints" / EMBEDDED[name]
+        return pathlib.Path(checkpoints.__file__).parent / EMBEDDED[name]
     path = pathlib.Path(name).expanduser()
     if path.is_dir():
         return path
@@ -31,16 +35,18 @@ def resolve(path_or_name: str | os.PathLike) -> pathlib.Path:
             f"there is no directory {path}; known names: {', '.join(EMBEDDED)}, or a hub id such "
             "as Qwen/Qwen3-30B-A3B"
         )
-    return _download(name)
+    return _download(name, download)
 
 
-def _download(name: str) -> pathlib.Path:
+def _download(name: str, online: bool) -> pathlib.Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return pathlib.Path(
-            huggingface_hub.snapshot_download(name, allow_patterns=list(PATTERNS))
+            huggingface_hub.snapshot_download(
+                name, allow_patterns=list(PATTERNS), local_files_only=not online
+            )
         )
     except LocalEntryNotFoundError as error:
         raise HubError(

@@ -1,7 +1,6 @@
 """Load a model under a budget and use it: the surface for people and scripts."""
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -11,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax import decode, devices
-from moejax.checkpoints import convert, hf
+from moejax import allocator, decode, devices, orbax_directory
+from moejax.checkpoints import convert, headers, hf
 from moejax.config import ModelConfig, read_config_json
 from moejax.errors import BudgetError, InputError, TokenizerError
 from moejax.generate import Engine, Stats, Token
@@ -25,7 +24,7 @@ from moejax.policy import Policy
 from moejax.policy import policy as named_policy
 from moejax.sampling import Sampling, mark_seen, sampling_from
 from moejax.state import DecodeState, ExpertStore
-from moejax.text import StopStrings, StreamDecoder, Tokenizer
+from moejax.text import StopStrings, StreamDecoder, Tokenizer, eos_ids_from
 from moejax.units import parse_bytes
 
 DEFAULT_CONTEXT = 4096
@@ -85,9 +84,7 @@ class Runtime:
     @property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end a sequence, from generation_config.json, else config.json."""
-        eos = self.generation_config.get("eos_token_id")
-        listed = eos if isinstance(eos, list) else ([] if eos is None else [eos])
-        return frozenset(listed or self.config.eos_ids)
+        return frozenset(eos_ids_from(self.generation_config) or self.config.eos_ids)
 
     def init_state(self, batch: int = 1, *, context: int | None = None) -> DecodeState:
         """A fresh state for `decode_step`: nothing in the KV cache, no expert fetched yet."""
@@ -228,12 +225,25 @@ class Runtime:
                 reason = reason or ("length" if emitted[b] == max_new_tokens else None)
                 yield state, Piece(b, text, token, reason)
 
-    def warm_up(self, batch: int = 1, *, sampling: Any = None, tokens: int = 2) -> None:
+    def warm_up(
+        self, batch: int = 1, *, sampling: Any = None, tokens: int = 2, logprobs: int = 0
+    ) -> None:
         """Compile (or load from the compilation cache) what generation needs."""
-        ids = [np.zeros(1, np.int32)] * batch
-        for _ in self.stream(ids, tokens, sampling):
+        sampling = self._sampling(sampling)
+        steps = self.engine.tokens(
+            self.init_state(batch),
+            [np.zeros(1, np.int32)] * batch,
+            sampling=sampling,
+            seed=0,
+            max_new_tokens=tokens,
+            stop_ids=frozenset(),  # a stop token would end it before the decode step is compiled
+            stats=self._fresh_stats(),
+            finished=np.zeros(batch, bool),
+            seen=self._seen(sampling, batch, None),
+            top=logprobs,
+        )
+        for _ in steps:
             pass
-        self.stats = self._fresh_stats()
 
     def _fresh_stats(self) -> Stats:
         stride = self.store.layout.stride if self.store else 0
@@ -252,7 +262,7 @@ class Runtime:
         seen = jnp.zeros((batch, self.config.vocab_size), bool)
         for b, tokens in enumerate(history or []):
             seen = seen.at[b].set(mark_seen(seen[b : b + 1], jnp.asarray(tokens)[None])[0])
-        return seen
+        return jax.device_put(seen, jax.devices()[0])
 
     def _has_text(self, stop: str | Sequence[str]) -> bool:
         try:
@@ -305,23 +315,26 @@ def load(
     devices.use_compilation_cache()
     directory = resolve(path_or_name)
     config = config_from_hf(read_config_json(directory))
+    memory = None if device_memory is None else parse_bytes(device_memory)
+    _bound_allocator(config, dtype, memory)  # before anything starts JAX
     chosen = named_policy(policy) if config.moe_layers else None
     context = context or min(config.max_positions, DEFAULT_CONTEXT)
     if not 0 < context <= config.max_positions:
         raise InputError(f"context must be in [1, {config.max_positions}], not {context}")
     model = Decoder(config, dtype)
     total = config.num_moe_layers * config.num_experts
-    if device_memory is not None:
-        slots = devices.slots_for(model, chosen, parse_bytes(device_memory), context)
+    if memory is not None:
+        slots = devices.slots_for(model, chosen, memory, context)
     slots = total if slots is None else min(slots, total)
     if config.moe_layers and slots < config.top_k:
         raise BudgetError(f"{slots} slots cannot hold the top-{config.top_k} of one layer")
-    flat, records = _read(directory, config, dtype, check_finite, progress)
+    everything = slots == total
+    flat, records = _read(directory, model, everything, check_finite, progress)
     return Runtime(
         config=config,
         model=model,
         params=devices.dense_params(flat),
-        store=devices.store(config, records, dtype, on_device=slots == total),
+        store=devices.store(config, records, dtype, on_device=everything),
         policy=chosen,
         slots=slots,
         context=context,
@@ -331,10 +344,18 @@ def load(
     )
 
 
+def _bound_allocator(config: ModelConfig, dtype: str, memory: int | None) -> None:
+    experts = config.num_moe_layers * config.num_experts
+    host = experts * config.record_layout(dtype).stride if experts else 0
+    allocator.apply(allocator.environment_for(memory, allocator.gpu_memory(), host))
+
+
 def _read(
-    directory: pathlib.Path, config: ModelConfig, dtype: str, check_finite: bool, progress: Any
-) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-    weights = weight_map(config, family(config.model_type).rules, dtype)
+    directory: pathlib.Path, model: Decoder, on_device: bool, check_finite: bool, progress: Any
+) -> tuple[dict[str, Any], Any]:
+    if orbax_directory.is_orbax(directory):
+        return orbax_directory.load_directory(directory, model, on_device=on_device)
+    weights = weight_map(model.config, family(model.config.model_type).rules, model.dtype)
     if convert.is_converted(directory):
         return convert.load_converted(directory, weights)
     return hf.load(directory, weights, check_finite=check_finite, progress=progress)
@@ -344,11 +365,7 @@ def _generation_config(directory: pathlib.Path) -> dict[str, Any]:
     path = directory / "generation_config.json"
     if not path.is_file():
         return {}
-    try:
-        found = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
-    return found if isinstance(found, dict) else {}
+    return headers.parse_json(headers.read_small(path), str(path))
 
 
 def _as_list(prompts: Any) -> list:
@@ -370,4 +387,3 @@ def _trimmed(row: np.ndarray, vocab_size: int) -> np.ndarray:
             f"token ids must be in [0, {vocab_size}), padded with -1 at the end of a row only"
         )
     return row[:length]
-

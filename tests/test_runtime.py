@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cli_models import damage, write_model
+from conftest import small_config
 
 import moejax
-from moejax import decode, units
+from moejax import decode, devices, units
 from moejax.checkpoints import convert
 from moejax.errors import (
     BudgetError,
@@ -23,6 +24,7 @@ from moejax.errors import (
     TokenizerError,
     UnsupportedModelError,
 )
+from moejax.layout import aligned_empty
 from moejax.models.family import weight_map
 from moejax.models.qwen3_moe import FAMILY
 from moejax.session import Session
@@ -251,12 +253,25 @@ def test_without_a_tokenizer_token_ids_still_work(directory, tmp_path):
 
 def test_a_converted_directory_gives_the_same_bits(directory, tmp_path, runtime):
     target = tmp_path / "converted"
-    convert.convert_directory(directory, target, weight_map(runtime.config, FAMILY.rules, "bfloat16"))
+    weights = weight_map(runtime.config, FAMILY.rules, "bfloat16")
+    convert.convert_directory(directory, target, weights)
     converted = moejax.load(target, slots=5, context=128)
     tokens = np.arange(40, dtype=np.int32)[None] % runtime.config.vocab_size
     assert np.array_equal(runtime.logits(tokens), converted.logits(tokens))
     mapped = np.asarray(converted.store.records)
     assert mapped.ctypes.data % 4096 == 0
+
+
+def test_loading_makes_no_second_copy():
+    flat = {"embed/weight": aligned_empty((64, 32), np.float32)}
+    flat["embed/weight"][:] = 1
+    params = devices.dense_params(flat)
+    assert params["embed"]["weight"].unsafe_buffer_pointer() == flat["embed/weight"].ctypes.data
+    records = aligned_empty((8, 2048), np.uint16)
+    records[:] = 0
+    config = small_config(expert_width=8)
+    store = devices.store(config, records, "bfloat16", on_device=True)
+    assert store.records.unsafe_buffer_pointer() == records.ctypes.data
 
 
 def test_float32_computes_in_float32(directory):

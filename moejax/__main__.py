@@ -1,0 +1,6 @@
+"""`python -m moejax`."""
+
+from moejax.cli import main
+
+if __name__ == "__main__":
+    main()

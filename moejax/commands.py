@@ -1,0 +1,279 @@
+"""What each command does; `cli.py` declares its options."""
+
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from moejax.errors import CheckpointError, InputError
+from moejax.terminal import Terminal, table
+from moejax.units import format_bytes, parse_bytes
+
+
+def load_model(terminal: Terminal, model: str, **options: Any) -> Any:
+    """`moejax.load` with a progress bar."""
+    if options.get("device_memory") is not None:
+        parse_bytes(options["device_memory"])  # a typing error should not cost an import of JAX
+    from moejax.runtime import load
+
+    with terminal.progress(f"loading {model}") as report:
+        return load(model, progress=report, **options)
+
+
+def warm_up(terminal: Terminal, runtime: Any, **options: Any) -> None:
+    """Compile before the clock starts."""
+    with terminal.status("compiling (not counted below)"):
+        runtime.warm_up(**options)
+
+
+def read_prompts(given: Sequence[str], files: Sequence[pathlib.Path]) -> list[str]:
+    """Prompts of the command line, else of files, else of stdin (one, without its last newline).
+
+    Raises:
+        InputError: no prompt, an empty one, or a file that cannot be read.
+    """
+    try:
+        prompts = [*given, *(file.read_text().removesuffix("\n") for file in files)]
+        if not prompts and not sys.stdin.isatty():
+            prompts = [sys.stdin.read().removesuffix("\n")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the prompt: {error}") from error
+    if not prompts:
+        raise InputError("no prompt: give one as argument, with --file or on stdin")
+    if not all(prompts):
+        raise InputError("a prompt is empty: give at least one character")
+    return prompts
+
+
+def generate(
+    terminal: Terminal,
+    runtime: Any,
+    prompts: list[str],
+    *,
+    max_new_tokens: int,
+    sampling: dict[str, Any],
+    stop: Sequence[str],
+    seed: int,
+    logprobs: int,
+    as_json: bool,
+) -> None:
+    """Complete prompts: a single one is streamed to stdout, several are printed in order."""
+    options = {"stop": stop, "seed": seed, "logprobs": logprobs}
+    if as_json or len(prompts) > 1:
+        with terminal.status("generating"):
+            completions = runtime.generate(prompts, max_new_tokens, sampling, **options)
+        if as_json:
+            print_json(_as_document(runtime, prompts, completions))
+        else:
+            for i, completion in enumerate(completions):
+                print(f"[{i + 1}] {completion.text}")
+    else:
+        if sys.stdout.isatty():
+            terminal.console.print(prompts[0], style="dim", markup=False, soft_wrap=True, end="")
+        for piece in runtime.stream(prompts, max_new_tokens, sampling, **options):
+            print(piece.text, end="", flush=True)
+        print()
+    terminal.console.print()
+    show_stats(terminal, runtime)
+
+
+def _as_document(runtime: Any, prompts: list[str], completions: list) -> dict[str, Any]:
+    from moejax.doctor import environment
+
+    results = [
+        {
+            "prompt": prompt,
+            "text": completion.text,
+            "finish_reason": completion.finish_reason,
+            "tokens": [
+                {"id": t.id, "logprob": t.logprob, "top_logprobs": t.top_logprobs}
+                for t in completion.tokens
+            ],
+        }
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    return {
+        "model": str(runtime.directory),
+        "completions": results,
+        "stats": stats_document(runtime),
+        "environment": environment(),
+    }
+
+
+def stats_document(runtime: Any) -> dict[str, Any]:
+    """What a run cost, and under which budget."""
+    total = runtime.config.num_moe_layers * runtime.config.num_experts
+    budget = {"slots": runtime.slots, "experts": total, "context": runtime.context}
+    return runtime.stats.as_dict() | budget | {"dtype": runtime.model.dtype}
+
+
+def show_stats(terminal: Terminal, runtime: Any) -> None:
+    """The table under an answer."""
+    terminal.facts(stats_rows(runtime))
+
+
+def stats_rows(runtime: Any) -> list[tuple[str, str]]:
+    """What a run cost, for people."""
+    stats, config = runtime.stats, runtime.config
+    total = config.num_moe_layers * config.num_experts
+    rows = [("tokens", f"{stats.prompt_tokens} in, {stats.new_tokens} out")]
+    if stats.ttft is not None:
+        rows.append(("time to first token", f"{stats.ttft * 1e3:.1f} ms"))
+    if stats.tpot is not None:
+        rate = f"{1 / stats.tpot:.1f} steps/s"
+        rows.append(("time per output token", f"{stats.tpot * 1e3:.2f} ms ({rate})"))
+    if total:
+        share = f"{runtime.slots / total:.0%}"
+        rows.append(("experts resident", f"{runtime.slots} of {total} ({share})"))
+        if stats.hit_rate is not None:
+            hits = f"{stats.hits} of {stats.needed}"
+            rows.append(("expert hit rate", f"{stats.hit_rate:.1%} ({hits} uses in decode)"))
+        moved = stats.bytes_moved
+        each = format_bytes(moved / max(stats.prompt_tokens + stats.new_tokens, 1))
+        rows.append(("expert bytes moved", f"{format_bytes(moved)}, {each} per token"))
+    rows.append(("result", _label(stats)))
+    return rows
+
+
+def _label(stats: Any) -> str:
+    if stats.exact:
+        return "bit-exact: the same as with every expert resident"
+    return f"lossy: {stats.replaced_mass:.3g} of router weight went to stand-ins"
+
+
+def inspect(terminal: Terminal, model: str, context: int | None, verify: bool, as_json: bool):
+    """Describe a model directory; with `verify`, read it all."""
+    from moejax import describe as facts
+    from moejax.hub import resolve
+
+    directory = resolve(model, download=False)
+    described = facts.describe(directory, context)
+    verified = None
+    if verify:
+        with terminal.progress(f"verifying {model}") as report:
+            verified = facts.verify(directory, report)
+    if as_json:
+        print_json(described.as_dict() | {"verified": verified})
+        return
+    from rich.console import Console
+
+    from moejax.terminal import facts_table
+
+    console = Console(highlight=False)
+    console.print(facts_table(_inspect_rows(described, verified, facts.KINDS)))
+    if described.fits:
+        rows = [(format_bytes(f.budget), f.slots, f"{f.share:.0%}") for f in described.fits]
+        console.print()
+        console.print(table(("--device-memory", "slots", "experts resident"), rows))
+        note = f"with a context of {described.context}; XLA's workspace is measured when loading"
+        console.print(note, style="dim")
+
+
+def _inspect_rows(
+    described: Any, verified: str | None, kinds: dict[str, str]
+) -> list[tuple[str, str]]:
+    config = described.config
+    rows = [
+        ("model", described.directory),
+        ("family", f"{config['model_type']}, {kinds[described.kind]}"),
+        ("layers", f"{config['layers']}, {config['layers_with_experts']} with experts"),
+    ]
+    if described.experts:
+        each = f"{config['experts_per_layer']} per layer, top-{config['experts_per_token']}"
+        shared = config["shared_expert_width"]
+        each += f", shared expert of width {shared}" if shared else ""
+        rows.append(("experts", f"{each}, width {config['expert_width']}"))
+    heads = f"{config['heads']} heads, {config['kv_heads']} for keys and values"
+    rows += [
+        ("width", f"{config['width']}, {heads}, {config['head_dim']} channels each"),
+        ("context", f"{config['max_positions']} tokens, rope {config['rope']}"),
+        ("vocabulary", str(config["vocabulary"])),
+        ("parameters", _count(described.parameters)),
+        ("active per token", _count(described.active_parameters)),
+        ("dense weights", format_bytes(described.dense_bytes)),
+    ]
+    if described.experts:
+        one, everything = described.expert_bytes, described.all_experts_bytes
+        rows.append(("one expert", format_bytes(one)))
+        rows.append((f"all {described.experts} experts", format_bytes(everything)))
+    stored = ", ".join(f"{name} {format_bytes(size)}" for name, size in described.stored.items())
+    rows += [
+        ("KV cache", f"{format_bytes(described.kv_bytes_per_1k_tokens)} per 1024 tokens"),
+        ("stored", f"{described.tensors} tensors, {stored}"),
+    ]
+    return [*rows, ("verified", verified)] if verified else rows
+
+
+def _count(parameters: int) -> str:
+    for size, unit in ((10**9, "billion"), (10**6, "million")):
+        if parameters >= size:
+            return f"{parameters / size:.2f} {unit}"
+    return str(parameters)
+
+
+def convert(
+    terminal: Terminal,
+    source: str,
+    target: pathlib.Path,
+    dtype: str,
+    force: bool,
+    orbax: bool,
+    as_json: bool,
+) -> None:
+    """Convert a Hugging Face directory into one that loads without conversion."""
+    from moejax import orbax_directory
+    from moejax.checkpoints import convert as converted
+    from moejax.config import read_config_json
+    from moejax.hub import resolve
+    from moejax.layout import DTYPES
+    from moejax.models import config_from_hf, family
+    from moejax.models.family import weight_map
+    from moejax.models.transformer import Decoder
+
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    directory = resolve(source)
+    config = config_from_hf(read_config_json(directory))
+    if converted.is_converted(directory) or orbax_directory.is_orbax(directory):
+        raise CheckpointError(f"{directory} is already converted: give the original")
+    weights = weight_map(config, family(config.model_type).rules, dtype)
+    with terminal.progress(f"converting {source}") as report:
+        if orbax:
+            model = Decoder(config, dtype)
+            orbax_directory.save_directory(
+                directory, target, model, weights, force=force, progress=report
+            )
+        else:
+            converted.convert_directory(directory, target, weights, force=force, progress=report)
+    size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
+    if as_json:
+        print_json({"source": str(directory), "target": str(target), "bytes": size, "dtype": dtype})
+    else:
+        terminal.note(f"{target}: {format_bytes(size)}, run it with --model {target}")
+
+
+def doctor(as_json: bool) -> bool:
+    """Print every check; whether none failed."""
+    from moejax import doctor as doctoring
+
+    if as_json:
+        found = list(doctoring.checks())
+        rows = [{"name": c.name, "status": c.status, "detail": c.detail} for c in found]
+        print_json({"checks": rows, "versions": doctoring.versions()})
+    else:
+        from rich.console import Console
+        from rich.text import Text
+
+        console, found = Console(highlight=False), []
+        colours = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+        for check in doctoring.checks():
+            line = Text.assemble((f"{check.status:4}", colours[check.status]), f"  {check.name}: ")
+            console.print(line.append(check.detail), soft_wrap=True)
+            found.append(check)
+    return all(check.status != "fail" for check in found)
+
+
+def print_json(document: Any) -> None:
+    """Exactly one JSON document on stdout."""
+    print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))

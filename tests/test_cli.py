@@ -1,0 +1,444 @@
+"""The command line: what it prints where, its exit codes, and that help needs no JAX."""
+
+import json
+import os
+import pathlib
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from cli_models import EXPERTS, LAYERS, damage, write_model
+from typer.testing import CliRunner
+
+import moejax
+from moejax import cli, errors
+
+COMMANDS = ["generate", "chat", "inspect", "convert", "doctor"]
+SLOTS = 6
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    return str(write_model(tmp_path_factory.mktemp("cli") / "model"))
+
+
+def run(*arguments, stdin=None):
+    return CliRunner().invoke(cli.app, list(map(str, arguments)), input=stdin)
+
+
+def ok(*arguments, stdin=None):
+    result = run(*arguments, stdin=stdin)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def start(*arguments, **options):
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    return subprocess.Popen([sys.executable, "-m", "moejax", *map(str, arguments)], **options)
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_imports_neither_jax_nor_transformers(command):
+    program = (
+        "import sys\nfrom moejax.cli import main\n"
+        f"sys.argv = {['moejax', *([command] if command else []), '--help']}\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    code = stop.code\n"
+        "heavy = {'jax', 'jaxlib', 'transformers', 'torch', 'numpy', 'flax'} & set(sys.modules)\n"
+        "sys.exit(f'imports {heavy}' if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: moejax" in done.stdout
+
+
+def test_version():
+    assert ok("--version").stdout.strip().startswith("moejax ")
+
+
+def test_every_error_has_an_exit_code_of_its_own_or_its_base():
+    classes = [c for c in vars(errors).values() if isinstance(c, type)]
+    for kind in classes:
+        if kind is not errors.MoejaxError:
+            assert cli.exit_code(kind("x")) in range(2, 10), kind
+    listed = {str(code) for code in [*cli.EXIT_CODES.values(), cli.INTERNAL, cli.INTERRUPTED]}
+    assert all(f" {code} " in cli.EPILOG for code in listed)
+
+
+def test_generate_streams_text_and_tells_the_cost_on_stderr(model):
+    result = ok("generate", "the cat", "--model", model, "--slots", SLOTS, "-n", 5)
+    [completion] = moejax.load(model, slots=SLOTS).generate("the cat", 5)
+    assert result.stdout == completion.text + "\n"
+    for said in ("compiling", "5 out", "time to first token", f"{SLOTS} of {LAYERS * EXPERTS}"):
+        assert said in result.stderr
+    assert "bit-exact" in result.stderr
+
+
+def test_quiet_says_nothing_on_stderr(model):
+    assert ok("generate", "the cat", "-m", model, "-n", 2, "--quiet").stderr == ""
+
+
+def test_generate_json_is_one_document_with_tokens_stats_and_environment(model):
+    result = ok(
+        *("generate", "the cat", "on", "-m", model, "--slots", SLOTS, "-n", 4, "--json"),
+        *("--logprobs", 2, "--temperature", 0.8, "--seed", 3),
+    )
+    document = json.loads(result.stdout)
+    first, second = document["completions"]
+    assert (first["prompt"], second["prompt"]) == ("the cat", "on")
+    assert len(first["tokens"]) == 4 and len(first["tokens"][0]["top_logprobs"]) == 2
+    stats = document["stats"]
+    assert stats["slots"] == SLOTS and stats["bytes_moved"] > 0 and stats["exact"] is True
+    assert document["environment"]["versions"]["jax"]
+
+
+def test_the_seed_decides_the_text(model):
+    def text(seed):
+        options = ("-m", model, "-n", 12, "--temperature", 1.5, "-q", "--seed", seed)
+        return ok("generate", "the", *options).stdout
+
+    assert text(1) == text(1) != text(2)
+
+
+def test_prompts_come_from_a_file_or_stdin(model, tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text("the cat\n")
+    given = ok("generate", "the cat", "-m", model, "-n", 4, "-q").stdout
+    assert ok("generate", "--file", file, "-m", model, "-n", 4, "-q").stdout == given
+    assert ok("generate", "-m", model, "-n", 4, "-q", stdin="the cat\n").stdout == given
+
+
+def test_a_batch_prints_each_answer_in_order(model):
+    both = ok("generate", "the cat", "on", "-m", model, "-n", 3, "-q").stdout
+    one, two = (ok("generate", p, "-m", model, "-n", 3, "-q").stdout for p in ("the cat", "on"))
+    assert both == f"[1] {one}[2] {two}"
+
+
+def test_stop_ends_the_text(model):
+    text = ok("generate", "the cat", "-m", model, "-n", 8, "-q").stdout.strip("\n")
+    cut = text[len(text) // 2]
+    options = ("-m", model, "-n", 8, "-q", "--stop", cut)
+    assert ok("generate", "the cat", *options).stdout.strip("\n") == text[: text.index(cut)]
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments", "said"),
+    [
+        (2, ("generate", ""), "prompt is empty"),
+        (2, ("generate", "a", "--policy", "nope"), "unknown policy"),
+        (2, ("generate", "a", "--dtype", "float8"), "dtype"),
+        (2, ("generate", "a", "--context", 100000), "context"),
+        (2, ("generate", "a", "--temperature", -1), "temperature"),
+        (2, ("generate", "a", "--device-memory", "lots"), "not a size"),
+        (2, ("generate", "a", "--file", "/does/not/exist"), "cannot read"),
+        (3, ("generate", "a", "--model", "/does/not/exist"), "no directory"),
+        (4, ("generate", "a", "--slots", 1), "slots cannot hold"),
+        (4, ("generate", "a", "--device-memory", "10kB"), "too little"),
+        (4, ("generate", "a", "--device-memory", "1GB", "--slots", 4), "not both"),
+    ],
+)
+def test_errors_are_one_line_and_a_code(model, code, arguments, said):
+    named = () if "--model" in arguments else ("--model", model)
+    result = run(*arguments, *named)
+    assert result.exit_code == code
+    assert result.stdout == ""
+    assert result.stderr.startswith("moejax: ") and result.stderr.count("\n") == 1
+    assert said in result.stderr
+
+
+def test_a_download_that_fails_has_its_own_code(monkeypatch):
+    result = run("inspect", "nobody/not-in-any-cache")
+    assert result.exit_code == 5 and result.stderr.count("\n") == 1
+
+
+def test_errors_of_several_lines_become_one():
+    error = errors.CheckpointError("it does not fit:\n  missing: a\n  extra: b\n")
+    assert cli.one_line(error) == "it does not fit: missing: a; extra: b"
+
+
+def test_a_bug_is_reported_as_one(model, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("what is this")
+
+    monkeypatch.setattr("moejax.commands.generate", broken)
+    result = run("generate", "a", "-m", model, "-q")
+    assert result.exit_code == 70
+    assert "RuntimeError: what is this" in result.stderr and result.stderr.count("\n") == 1
+    monkeypatch.setenv("MOEJAX_DEBUG", "1")
+    assert isinstance(run("generate", "a", "-m", model, "-q").exception, RuntimeError)
+
+
+def test_running_out_of_memory_is_a_budget_error(model, monkeypatch):
+    def starved(*_, **__):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+
+    monkeypatch.setattr("moejax.commands.generate", starved)
+    result = run("generate", "a", "-m", model, "-q")
+    assert result.exit_code == 4 and "out of memory" in result.stderr
+
+
+def test_a_broken_pipe_is_silent(model):
+    process = start("generate", "the cat", "-m", model, "-n", 150, "-q")
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(60) == cli.BROKEN_PIPE
+
+
+def test_ctrl_c_leaves_cleanly(model, tmp_path):
+    fifo = tmp_path / "prompt"
+    os.mkfifo(fifo)
+    process = start("generate", "-m", model, "--file", fifo)
+    with open(fifo, "w"):  # returns when the program has begun to read
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "")
+
+
+def test_chat_answers_lines_of_stdin(model):
+    options = ("-m", model, "-n", 6, "--slots", SLOTS)
+    result = ok("chat", *options, stdin="the cat\n\n/stats\nthe rat\n")
+    document = json.loads(ok("chat", *options, "--json", stdin="the cat\nthe rat\n").stdout)
+    roles = [m["role"] for m in document["messages"]]
+    answers = [m["content"] for m in document["messages"] if m["role"] == "assistant"]
+    assert roles == ["user", "assistant"] * 2
+    assert result.stdout == "".join(f"{answer}\n" for answer in answers)
+    assert result.stderr.count("expert hit rate") == 1
+
+
+def test_chat_reset_forgets_and_exit_leaves(model):
+    options = ("-m", model, "-n", 2, "--json", "-q", "--system", "on the mat")
+    turns = "the cat\n/reset\nthe rat\n/exit\nthat\n"
+    messages = json.loads(ok("chat", *options, stdin=turns).stdout)["messages"]
+    assert [m["content"] for m in messages[:2]] == ["on the mat", "the rat"]
+    assert len(messages) == 3
+
+
+def test_a_turn_that_does_not_fit_fails_without_a_terminal(model):
+    result = run("chat", "-m", model, "-q", "--context", 16, stdin="the cat " * 40)
+    assert result.exit_code == 2 and "context" in result.stderr
+
+
+class Screen:
+    """A pseudo-terminal with a program on it."""
+
+    def __init__(self, *arguments):
+        self.master, child = pty.openpty()
+        self.process = start(*arguments, stdin=child, stdout=child, stderr=child, text=False)
+        os.close(child)
+        self.shown = b""
+
+    @property
+    def text(self):
+        return self.shown.decode(errors="replace")
+
+    def wait_for(self, wanted, count=1):
+        end = time.time() + 60
+        while self.text.count(wanted) < count:
+            assert self._read() and time.time() < end, f"no {wanted!r} in {self.text!r}"
+
+    def type(self, keys):
+        os.write(self.master, keys.encode())
+
+    def finish(self):
+        while self._read():
+            pass
+        return self.process.wait(60)
+
+    def listen(self, seconds):
+        """Take in what comes in this time."""
+        end = time.time() + seconds
+        while time.time() < end:
+            if select.select([self.master], [], [], 0.1)[0]:
+                self._read()
+
+    def _read(self):
+        arrived = select.select([self.master], [], [], 60)[0]
+        assert arrived, f"nothing more after {self.text!r}"
+        try:
+            more = os.read(self.master, 4096)
+        except OSError:  # Linux says EIO when the program has closed the terminal
+            more = b""
+        self.shown += more
+        return more
+
+
+@pytest.fixture
+def screen(model):
+    made = Screen("chat", "-m", model, "-n", 20, "--slots", SLOTS)
+    yield made
+    made.process.kill()
+    made.process.wait()
+    os.close(made.master)
+
+
+def test_chat_at_a_terminal(screen):
+    screen.wait_for("> ")
+    screen.type("the cat\nthe rat\n")  # pasted: one turn of two lines
+    screen.wait_for("> ", 2)
+    screen.type('"""\nthe mat\n\nthe cat\n"""\n')
+    screen.wait_for("… ", 4)
+    screen.wait_for("> ", 3)
+    screen.type("/stats\n")
+    screen.wait_for("expert hit rate")
+    screen.wait_for("> ", 4)
+    while "Ctrl-D or /exit leaves" not in screen.text:
+        # Python misses a signal that arrives between the prompt and the wait for a key.
+        screen.process.send_signal(signal.SIGINT)
+        screen.listen(2)
+    screen.type("\x04")
+    assert screen.finish() == 0, screen.text
+
+
+def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(model):
+    from moejax.conversation import Stopper, _answer
+    from moejax.session import Session
+
+    runtime = moejax.load(model, slots=SLOTS)
+    session, stopper = Session(runtime), Stopper()
+
+    def interrupted(pieces):
+        for i, piece in enumerate(pieces):
+            if i == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield piece
+
+    with stopper.watching():
+        pieces = interrupted(session.send("the cat", 50))
+        _answer(session, "the cat", pieces, stopper, silent=True)
+    assert [m["role"] for m in session.messages] == ["user", "assistant"]
+    said = session.messages[-1]["content"]
+    whole = moejax.load(model, slots=SLOTS)
+    first = [p.token.id for p in Session(whole).send("the cat", 3)]
+    assert said == whole.tokenizer.decode(first)
+    assert list(session.send("the rat", 4))  # the state has survived
+    assert session.reused_tokens > 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_interrupts_at_once():
+    from moejax.conversation import Stopper
+
+    stopper = Stopper()
+    with pytest.raises(KeyboardInterrupt), stopper.watching():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_inspect_counts_from_headers_alone(model, monkeypatch):
+    document = json.loads(ok("inspect", model, "--json").stdout)
+    shape = document["config"]
+    assert (shape["layers"], shape["experts_per_layer"]) == (LAYERS, EXPERTS)
+    file = pathlib.Path(model) / "model.safetensors"
+    assert sum(document["stored"].values()) == 2 * document["parameters"]
+    assert document["parameters"] * 2 < file.stat().st_size
+    unused = LAYERS * (EXPERTS - shape["experts_per_token"]) * 3 * 32 * 16
+    assert document["active_parameters"] == document["parameters"] - unused
+    runtime = moejax.load(model)
+    kv = runtime.init_state(context=1024).kv
+    assert document["kv_bytes_per_1k_tokens"] == kv.keys.nbytes + kv.values.nbytes
+    assert document["all_experts_bytes"] == runtime.store.records.nbytes
+    assert ok("inspect", model).stdout.count("bfloat16") == 1
+
+
+def test_inspect_refuses_what_does_not_fit(model, tmp_path):
+    other = write_model(tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"num_experts": EXPERTS + 1}))
+    result = run("inspect", other)
+    assert result.exit_code == 3 and result.stderr.count("\n") == 1
+
+
+def test_verify_finds_nan(tmp_path):
+    broken = write_model(tmp_path / "broken")
+    damage(broken, "model.layers.1.mlp.experts.3.up_proj.weight")
+    assert ok("inspect", broken).exit_code == 0
+    result = run("inspect", broken, "--verify")
+    assert result.exit_code == 6 and "experts.3.up_proj" in result.stderr
+
+
+@pytest.mark.parametrize("option", [(), ("--orbax",)])
+def test_a_converted_model_is_the_same_model(model, tmp_path, option):
+    target = tmp_path / "converted"
+    document = json.loads(ok("convert", model, target, "--json", *option).stdout)
+    assert document["bytes"] == sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
+    assert "verified" in ok("inspect", target, "--verify").stdout
+    options = ("--slots", SLOTS, "-n", 6, "-q")
+    texts = [ok("generate", "the cat", "-m", m, *options).stdout for m in (model, target)]
+    assert texts[0] == texts[1]
+    assert json.loads(ok("inspect", target, "--json").stdout)["dtype"] == "bfloat16"
+
+    again = run("convert", model, target, *option)
+    assert again.exit_code == 3 and "exists" in again.stderr
+    ok("convert", model, target, "--force", *option)
+    assert run("convert", target, tmp_path / "twice").exit_code == 3
+    assert run("generate", "a", "-m", target, "--dtype", "float32").exit_code == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["converted"]
+
+
+def test_convert_replaces_nothing_that_is_not_its_own(model, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("words")
+    for option in ((), ("--orbax",)):
+        assert run("convert", model, tmp_path / "mine", "--force", *option).exit_code == 3
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "words"
+    assert run("convert", model, model, "--force", "--orbax").exit_code == 3
+    assert run("convert", model, tmp_path / "no" / "where", "--orbax").exit_code == 3
+
+
+def test_a_damaged_bank_is_found_by_verify(model, tmp_path):
+    target = tmp_path / "converted"
+    ok("convert", model, target)
+    bank = target / "experts.bank"
+    data = bytearray(bank.read_bytes())
+    data[-4096 * 5] ^= 1
+    bank.write_bytes(data)
+    ok("inspect", target)
+    result = run("inspect", target, "--verify")
+    assert result.exit_code == 3 and "damaged" in result.stderr
+
+
+def test_after_the_warm_up_nothing_is_compiled(model):
+    from moejax.generate import generate_step
+    from moejax.session import Session
+
+    sampling = {"temperature": 0.7, "repetition_penalty": 1.1}
+    runtime = moejax.load(model, slots=SLOTS)
+    runtime.warm_up(sampling=sampling)
+    compiled = generate_step._cache_size()
+    runtime.generate([[5, 6, 7] * 30], 3, sampling)  # more than one chunk of prefill
+    session = Session(runtime)
+    for turn in ("the cat", "the rat"):
+        assert list(session.send(turn, 3, sampling))
+    assert session.reused_tokens > 0
+    assert generate_step._cache_size() == compiled
+
+
+def test_the_warm_up_compiles_the_decode_step_even_if_the_first_token_is_a_stop(model, monkeypatch):
+    from moejax.generate import generate_step
+
+    runtime = moejax.load(model, slots=SLOTS, context=64)
+    everything = frozenset(range(runtime.config.vocab_size))
+    monkeypatch.setattr(type(runtime), "stop_ids", everything)
+    before = generate_step._cache_size()
+    runtime.warm_up(logprobs=1)
+    assert generate_step._cache_size() == before + 2  # prefill and decode
+
+
+def test_budgets_run_from_the_first_that_runs_to_the_first_that_holds_all():
+    from moejax.describe import MOST_BUDGETS, fits
+
+    gib = 1 << 30
+    shown = fits(fixed=3 * gib, record=9 << 20, least=8, experts=48 * 128)
+    assert [f.budget // gib for f in shown] == [4, 6, 8, 12, 16, 24, 32, 48, 64]
+    assert shown[0].slots == 1024 // 9 and shown[-1].slots == 48 * 128
+    assert [f.share for f in shown] == [f.slots / (48 * 128) for f in shown]
+    [only] = fits(fixed=gib, record=1 << 10, least=2, experts=4)
+    assert only.share == 1.0
+    wide = fits(fixed=1 << 20, record=1 << 20, least=1, experts=1 << 20)
+    assert len(wide) <= MOST_BUDGETS and wide[-1].share == 1.0
+    assert fits(fixed=gib, record=0, least=0, experts=0) == ()
