@@ -35,6 +35,7 @@ def _output(*command: str) -> str | None:
 def _cpu() -> str:
     try:
         with open("/proc/cpuinfo") as lines:
-            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+            names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+            return next(names)
     except (OSError, StopIteration):
         return platform.processor()

@@ -50,9 +50,7 @@ def sweep(model: str, new_tokens: int, rounds: int) -> list[dict]:
     """Rows by residency; rounds go over all budgets in turn, so that noise hits them alike."""
     total = moejax.load(model, slots=None)
     experts = total.config.num_moe_layers * total.config.num_experts
-    runtimes = [
-        moejax.load(model, slots=round(share * experts), context=512) for share in SHARES
-    ]
+    runtimes = [moejax.load(model, slots=round(share * experts), context=512) for share in SHARES]
     for runtime in runtimes:
         runtime.warm_up()
     found = [[measure(runtime, new_tokens) for runtime in runtimes] for _ in range(rounds)]
