@@ -33,7 +33,7 @@ lint: $(VENV)/tests
 	$(BIN)/ruff format --check .
 
 $(VENV)/core: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install .
 	@touch $@
 
 $(VENV)/tests: pyproject.toml | $(BIN)/python

@@ -144,7 +144,7 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
         raise CheckpointError(f"{target} holds the source: convert into another directory")
     if os.path.lexists(target):
         if not force:
-            raise CheckpointError(f"{target} exists: give another name, or force to replace it")
+            raise CheckpointError(f"{target} exists: give another name, or replace it with --force")
         if not _is_ours(target):
             raise CheckpointError(f"{target} is not a converted model, so it is not replaced")
 

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,8 @@ QUANTISED_NAMES = re.compile(
     r"(.*[._])?(weight_scale|weight_scale_inv|weight_packed|qweight|qzeros|scales|g_idx|blocks"
     r"|input_scale|absmax|quant_map|quant_state\..*)"
 )
-MAX_LAYERS = 1024  # probed to turn a stack index back into a layer's number
+MAX_LAYERS = 1024  # of a model; probed to turn a stack index back into a layer's number
+NAMED = 3  # missing tensors of one pattern that an error names one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,12 +131,13 @@ class Placement:
 
 @dataclasses.dataclass(frozen=True)
 class _Slot:
-    """What one tensor fills: `indices` are stack indices or expert ids."""
+    """What one tensor fills: `expert` of layer `index` of a stack, None for all that is there."""
 
     shape: tuple[int, ...]  # expected of the tensor
-    indices: Sequence[int]
-    count: int  # elements for each index
-    starts: Sequence[int]
+    index: int
+    expert: int | None
+    count: int  # elements for each start
+    starts: Iterable[int]
     dtype: str
     halves: Sequence[int]
 
@@ -145,7 +147,8 @@ class _Planner:
         self.weights = weights
         self.problems = Problems()
         self.placements: list[Placement] = []
-        self.filled: dict[tuple[str, int, int], str] = {}
+        # By target, stack index and half: the tensor that fills each expert, or None: all of it.
+        self.filled: dict[tuple[str, int, int], dict[int | None, str]] = {}
         self.used: set[Rule] = set()
         self._layers: dict[str, dict[int | None, int]] = {}
         split = {rule.target for rule in weights.rules if rule.half is not None}
@@ -157,9 +160,9 @@ class _Planner:
             yield from EXPERT_TARGETS
 
     def size(self, target: str) -> int:
-        """How many stack indices or experts the target has."""
+        """How many stack indices the target has."""
         if target in EXPERT_TARGETS:
-            return self.weights.records_shape[0]
+            return self.weights.expert_layers
         stacked = any(rule.stacked for rule in self.weights.rules if rule.target == target)
         return self.weights.specs[target].shape[0] if stacked else 1
 
@@ -171,7 +174,7 @@ class _Planner:
         index = weights.stack_index(rule.target, numbers["layer"]) if rule.stacked else 0
         if index is None:
             return None
-        limit = weights.expert_layers if rule.is_expert else self.size(rule.target)
+        limit = self.size(rule.target)
         if not 0 <= index < limit:
             raise ValueError(f"stack_index gave {index} of {limit} for {rule.target}, {numbers}")
         if rule.is_expert:
@@ -180,21 +183,22 @@ class _Planner:
             base, shape = weights.layout.parts[rule.target.removeprefix("experts/")]
             stride, dtype = weights.layout.elements, weights.layout.dtype
             first = index * weights.experts + numbers.get("expert", 0)
-            indices = range(first, first + (1 if "expert" in numbers else weights.experts))
+            records = range(first, first + (1 if "expert" in numbers else weights.experts))
         else:
             spec = weights.specs[rule.target]
             shape = tuple(spec.shape[1:] if rule.stacked else spec.shape)
             base, stride, dtype = 0, math.prod(shape), np.dtype(spec.dtype).name
-            indices = (index,)
+            records = (index,)
         if rule.half is not None:
             shape = (shape[0] // 2, *shape[1:])
             base += rule.half * math.prod(shape)
         fused = rule.is_expert and "expert" not in numbers
         return _Slot(
             shape=(weights.experts, *shape) if fused else shape,
-            indices=indices,
+            index=index,
+            expert=numbers.get("expert"),
             count=math.prod(shape),
-            starts=[base + i * stride for i in indices],
+            starts=(base + i * stride for i in records),
             dtype=dtype,
             halves=range(self.halves[rule.target]) if rule.half is None else (rule.half,),
         )
@@ -225,12 +229,17 @@ class _Planner:
             problem("dtype", f"is {tensor.dtype}, needs one of {', '.join(SOURCE_DTYPES)}")
         elif tensor.shape != slot.shape:
             problem("shape", f"is {list(tensor.shape)}, needs {list(slot.shape)}")
-        keys = [(rule.target, i, half) for i in slot.indices for half in slot.halves]
-        for key in keys:
-            other = self.filled.setdefault(key, tensor.name)
-            if other != tensor.name:
-                problem("duplicate", f"holds the same weights as {other}")
-                break
+        other = None
+        for half in slot.halves:
+            owners = self.filled.setdefault((rule.target, slot.index, half), {})
+            other = other or owners.get(None) or owners.get(slot.expert)
+            if slot.expert is None and owners:
+                other = other or owners[min(owners)]
+            owners.setdefault(slot.expert, tensor.name)
+        if other:
+            problem("duplicate", f"holds the same weights as {other}")
+        if tensor.shape != slot.shape:
+            return
         target = EXPERTS if rule.is_expert else rule.target
         for i, start in enumerate(slot.starts):
             self.placements.append(
@@ -242,19 +251,38 @@ class _Planner:
         return next((rule for rule in fitting if rule in self.used), fitting[0])
 
     def find_missing(self) -> None:
-        missing: dict[str, str] = {}
         for target, halves in self.halves.items():
-            for index, half in itertools.product(range(self.size(target)), range(halves)):
-                if (target, index, half) in self.filled:
-                    continue
-                rule, stack, expert = self.rule_for(target, half), index, 0
-                if rule.is_expert:
-                    stack, expert = divmod(index, self.weights.experts)
-                layer = self.layers(target).get(stack, "{layer}")
+            by_rule = collections.defaultdict(list)
+            for half in range(halves):
+                by_rule[self.rule_for(target, half)].append(half)
+            for rule, of_rule in by_rule.items():
+                self.note_missing(rule, of_rule)
+
+    def note_missing(self, rule: Rule, halves: Sequence[int]) -> None:
+        """Count the tensors of a rule without which `halves` have holes, and name the first."""
+        count, first = 0, []
+        each = self.weights.experts if "{expert}" in rule.pattern else 1
+        for index in range(self.size(rule.target)):
+            taken = self.taken(rule, index, halves)
+            count += each - len(taken)
+            free = (number for number in range(each) if number not in taken)
+            for expert in itertools.islice(free, NAMED - len(first)):
+                layer = self.layers(rule.target).get(index, "{layer}")
                 name = rule.pattern.replace("{layer}", str(layer))
-                missing[name.replace("{expert}", str(expert))] = rule.pattern
-        for name, pattern in missing.items():
-            self.problems.add("missing", name, group=pattern)
+                first.append(name.replace("{expert}", str(expert)))
+        if count > NAMED:
+            first = [f"{rule.pattern} ({count} tensors, first: {first[0]})"]
+        for name in first:
+            self.problems.add("missing", name, group=rule.pattern)
+
+    def taken(self, rule: Rule, index: int, halves: Sequence[int]) -> Collection[int]:
+        """Numbers of those of a rule's tensors at `index` that nothing has to fill any more."""
+        each = self.weights.experts if rule.is_expert else 1
+        owners = [self.filled.get((rule.target, index, half), {}) for half in halves]
+        owners = [o for o in owners if None not in o and len(o) < each]
+        if "{expert}" in rule.pattern:
+            return set.intersection(*map(set, owners)) if owners else range(each)
+        return () if owners else range(1)
 
     def layers(self, target: str) -> dict[int | None, int]:
         """The layer of each stack index."""

@@ -1,7 +1,7 @@
 """How hit rate, bytes and TPOT follow the expert budget, and that the bits do not.
 
-Claim:     any budget gives the tokens and logits of the fully resident run, bit for bit; what it
-           costs is the bytes of the misses.
+Claim:     any budget gives the tokens and log-probabilities of the fully resident run, bit for bit;
+           what it costs is the bytes of the misses.
 Command:   python -m experiments.residency --out experiments/results/residency.json
 Hardware:  any CPU; 2 cores take about 2 minutes (--quick: one).
 Expected:  equal bits on every row; hit rate rises with residency and is 1 at 100 %.
@@ -31,13 +31,13 @@ def measure(runtime: moejax.Runtime, new_tokens: int) -> dict:
     needed = hits = moved = tokens = 0
     tpot, chosen = [], []
     for prompt in PROMPTS:
-        result = runtime.generate(prompt, new_tokens, {"temperature": 0.0})[0]
+        result = runtime.generate(prompt, new_tokens, {"temperature": 0.0}, logprobs=5)[0]
         stats = runtime.stats
         needed, hits = needed + stats.needed, hits + stats.hits
         moved += (stats.needed - stats.hits) * stats.record_bytes
         tokens += stats.steps
         tpot.append(stats.tpot)
-        chosen.append([(token.id, token.logprob) for token in result.tokens])
+        chosen.append([(t.id, t.logprob, t.top_logprobs) for t in result.tokens])
     return {
         "hit_rate": hits / needed,
         "bytes_per_token": moved / tokens,
@@ -50,9 +50,9 @@ def sweep(model: str, new_tokens: int, rounds: int) -> list[dict]:
     """Rows by residency; rounds go over all budgets in turn, so that noise hits them alike."""
     total = moejax.load(model, slots=None)
     experts = total.config.num_moe_layers * total.config.num_experts
-    runtimes = [moejax.load(model, slots=round(share * experts), context=512) for share in SHARES]
+    runtimes = [moejax.load(model, slots=int(share * experts), context=512) for share in SHARES]
     for runtime in runtimes:
-        runtime.warm_up()
+        runtime.warm_up(logprobs=5)
     found = [[measure(runtime, new_tokens) for runtime in runtimes] for _ in range(rounds)]
     exact = found[0][-1]["chosen"]
     rows = []

@@ -25,7 +25,7 @@ SPLIT = (
 )
 CHAT_TEMPLATE = (
     "{% for m in messages %}"
-    "{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] + '<|endoftext|>' }}"
+    "{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + '<|endoftext|>' }}"
     "{% elif m['role'] == 'system' %}{{ m['content'] + '\n' }}"
     "{% else %}{{ 'Question: ' + m['content'] + '\nAnswer:' }}{% endif %}"
     "{% endfor %}"

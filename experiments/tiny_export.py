@@ -14,6 +14,8 @@ from tiny_model import Shape
 
 MLP = ("gate", "up", "down")
 PAD = SPECIALS.index("<|pad|>")
+# Greedy decoding of so small a model repeats itself.
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.95}
 
 
 def config_of(shape: Shape) -> dict:
@@ -147,7 +149,7 @@ def write_model(folder: Path, params: dict, shape: Shape, tokenizer: Path) -> No
     weights.chmod(0o644)
     write_json(part / "config.json", config_of(shape))
     ids = {"bos_token_id": EOT, "eos_token_id": EOT, "pad_token_id": PAD}
-    write_json(part / "generation_config.json", {"_from_model_config": True, **ids})
+    write_json(part / "generation_config.json", {**SAMPLING, **ids})
     shutil.copyfile(tokenizer, part / "tokenizer.json")
     write_json(
         part / "tokenizer_config.json",

@@ -17,7 +17,7 @@ _PUBLIC = {
     "StepTrace": "state",
     "decode_step": "decode",
     "init_state": "decode",
-    "load": "runtime",
+    "load": "loading",
     "policy_names": "policy",
     "prefill": "decode",
 }
@@ -29,17 +29,21 @@ if TYPE_CHECKING:
     from moejax.decode import init_state as init_state
     from moejax.decode import prefill as prefill
     from moejax.errors import MoejaxError as MoejaxError
+    from moejax.loading import load as load
     from moejax.policy import Policy as Policy
     from moejax.policy import policy_names as policy_names
     from moejax.runtime import Completion as Completion
     from moejax.runtime import Runtime as Runtime
-    from moejax.runtime import load as load
     from moejax.sampling import Sampling as Sampling
     from moejax.state import DecodeState as DecodeState
     from moejax.state import ExpertCache as ExpertCache
     from moejax.state import ExpertStore as ExpertStore
     from moejax.state import KVCache as KVCache
     from moejax.state import StepTrace as StepTrace
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

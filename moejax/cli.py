@@ -119,7 +119,8 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="And leave.")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
     """Run Mixture-of-Experts language models whose experts do not fit the device."""
@@ -129,14 +130,20 @@ Model = Annotated[
     str,
     typer.Option("--model", "-m", help="'tiny' (embedded), a directory, or a Hugging Face hub id."),
 ]
-Slots = Annotated[int | None, typer.Option(help="Experts on the device at once; default all.")]
+Slots = Annotated[
+    int | None, typer.Option(help="Experts on the device at once, over all layers; default all.")
+]
 DeviceMemory = Annotated[
     str | None,
     typer.Option(help="Budget such as 6GiB for weights, KV cache and workspace, not with --slots."),
 ]
 PolicyName = Annotated[str, typer.Option("--policy", help="How experts are kept and fetched.")]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens.")]
-Temperature = Annotated[float | None, typer.Option(help="0 takes the likeliest token.")]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", "-n", min=1, help="At most this many tokens.")
+]
+Temperature = Annotated[
+    float | None, typer.Option(help="0 takes the likeliest token; default the model's.")
+]
 TopK = Annotated[int | None, typer.Option(help="Draw from this many likeliest; 0 = all.")]
 TopP = Annotated[float | None, typer.Option(help="Draw from the likeliest of this total share.")]
 MinP = Annotated[float | None, typer.Option(help="Drop tokens below this share of the likeliest.")]
@@ -216,6 +223,7 @@ def generate(
         context=context,
         dtype=dtype,
         virtual=virtual,
+        batch=len(prompts),
     )
     sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     if warm_up:

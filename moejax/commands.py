@@ -15,7 +15,7 @@ def load_model(terminal: Terminal, model: str, **options: Any) -> Any:
     """`moejax.load` with a progress bar."""
     if options.get("device_memory") is not None:
         parse_bytes(options["device_memory"])  # a typing error should not cost an import of JAX
-    from moejax.runtime import load
+    from moejax.loading import load
 
     with terminal.progress(f"loading {model}") as report:
         return load(model, progress=report, **options)
@@ -124,22 +124,25 @@ def stats_rows(runtime: Any) -> list[tuple[str, str]]:
         rate = f"{1 / stats.tpot:.1f} steps/s"
         rows.append(("time per output token", f"{stats.tpot * 1e3:.2f} ms ({rate})"))
     if total:
-        share = f"{runtime.slots / total:.0%}"
-        rows.append(("experts resident", f"{runtime.slots} of {total} ({share})"))
+        slots = runtime.slots_in_use
+        rows.append(("experts resident", f"{slots} of {total} ({slots / total:.0%})"))
         if stats.hit_rate is not None:
             hits = f"{stats.hits} of {stats.needed}"
             rows.append(("expert hit rate", f"{stats.hit_rate:.1%} ({hits} uses in decode)"))
-        moved = stats.bytes_moved
-        each = format_bytes(moved / max(stats.prompt_tokens + stats.new_tokens, 1))
-        rows.append(("expert bytes moved", f"{format_bytes(moved)}, {each} per token"))
+        before = format_bytes(stats.prefill_fetched * stats.record_bytes)
+        each = format_bytes(stats.bytes_per_step or 0)
+        name = "would be copied" if stats.virtual else "copied"
+        rows.append((f"expert bytes {name}", f"{before} in prefill, {each} per decode step"))
     rows.append(("result", _label(stats)))
     return rows
 
 
 def _label(stats: Any) -> str:
-    if stats.exact:
-        return "bit-exact: the same as with every expert resident"
-    return f"lossy: {stats.replaced_mass:.3g} of router weight went to stand-ins"
+    return {
+        "bit-exact": "bit-exact: this policy gives the bits of the fully resident run",
+        "faithful": "faithful: the model's own routing and experts",
+        "lossy": f"lossy: {stats.replaced_mass:.3g} of router weight went to stand-ins",
+    }[stats.label]
 
 
 def inspect(terminal: Terminal, model: str, context: int | None, verify: bool, as_json: bool):
@@ -165,8 +168,8 @@ def inspect(terminal: Terminal, model: str, context: int | None, verify: bool, a
     if described.fits:
         rows = [(format_bytes(f.budget), f.slots, f"{f.share:.0%}") for f in described.fits]
         console.print()
-        console.print(table(("--device-memory", "slots", "experts resident"), rows))
-        note = f"with a context of {described.context}; XLA's workspace is measured when loading"
+        console.print(table(("--device-memory", "slots at most", "experts resident"), rows))
+        note = f"context {described.context}; XLA's workspace, measured at loading, comes on top"
         console.print(note, style="dim")
 
 

@@ -11,7 +11,6 @@ from moejax.layout import RecordLayout
 
 MAX_SIZE = 2**31 - 1
 MAX_NUMBER = 1e30
-MAX_LAYERS = 1024
 MAX_EXPERTS = 2**16
 
 # Keys that say nothing about inference: training, parallelism, bookkeeping, output options.
@@ -102,7 +101,8 @@ class ModelConfig:
     @property
     def dense_layers(self) -> tuple[int, ...]:
         """Layers with a dense FFN instead of experts."""
-        return tuple(i for i in range(self.num_layers) if i not in set(self.moe_layers))
+        sparse = set(self.moe_layers)
+        return tuple(i for i in range(self.num_layers) if i not in sparse)
 
     def record_layout(self, dtype: str) -> RecordLayout:
         """Layout of one expert's record in `dtype`."""
@@ -136,7 +136,7 @@ class Fields:
         accepted = (int, float) if kind is float else kind
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
             raise ConfigError(f"{self._where}: {name} is {value!r:.80}, expected {kind}")
-        if kind is float and not abs(value) <= MAX_NUMBER:
+        if (kind is float or isinstance(value, float)) and not abs(value) <= MAX_NUMBER:
             raise ConfigError(f"{self._where}: {name} is {value!r:.80}, expected a finite number")
         return float(value) if kind is float else value
 
@@ -149,11 +149,16 @@ class Fields:
             raise ConfigError(f"{self._where}: {names[0]} is {value!r:.80}, expected 1 to {most}")
         return value
 
-    def number(self, name: str, default: Any = dataclasses.MISSING) -> float | None:
-        """Positive finite number."""
+    def number(
+        self, name: str, default: Any = dataclasses.MISSING, *, least: float = 1 / MAX_NUMBER
+    ) -> float | None:
+        """Finite number of at least `least`: positive, unless that is 0."""
         value = self.get(name, default=default, kind=float)
-        if value is not None and value <= 0:
-            raise ConfigError(f"{self._where}: {name} is {value}, expected a positive number")
+        if value is not None and not value >= least:
+            raise ConfigError(
+                f"{self._where}: {name} is {value}, expected a number from {least:g} to "
+                f"{MAX_NUMBER:g}"
+            )
         return value
 
     def expect(self, name: str, *accepted: Any) -> None:

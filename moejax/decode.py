@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from moejax.state import (
     StepOutput,
 )
 
+DEFAULT_CONTEXT = 4096
 PREFILL_CHUNK = 64  # tokens per sequence of one prefill step
 
 
@@ -40,6 +42,9 @@ def step(
     scores: bool = False,
 ) -> tuple[DecodeState, StepOutput]:
     """`decode_step` without jit, for use inside larger jitted programs."""
+    batch = state.length.shape[0]
+    if tokens.ndim != 2 or tokens.shape[0] != batch or not tokens.size:
+        raise InputError(f"tokens must be [{batch}, T] for this state, not {list(tokens.shape)}")
     return model.apply(
         {"params": params}, policy, store, state, tokens, all_logits=all_logits, scores=scores
     )
@@ -62,7 +67,8 @@ def decode_step(
     """Process tokens [B, T] i32 and return the new state and the logits; donates `state`.
 
     One program serves every residency, position and policy number; it is traced once per shape of
-    `tokens`. Sequences shorter than T are padded at the end with -1.
+    `tokens`. Sequences shorter than T are padded at the end with -1. Ids are not checked here; a
+    sequence that outgrows the KV cache has NaN logits.
 
     Args:
         model: the decoder (static).
@@ -71,6 +77,19 @@ def decode_step(
         scores: keep the full router scores [L, N, E] in the trace.
     """
     return step(model, policy, params, store, state, tokens, all_logits=all_logits, scores=scores)
+
+
+def checked_context(config: ModelConfig, context: int | None) -> int:
+    """Tokens per sequence to make room for; by default what the model was made for, at most 4096.
+
+    Raises:
+        InputError: not between 1 and the model's own limit.
+    """
+    if context is None:
+        return min(config.max_positions, DEFAULT_CONTEXT)
+    if not isinstance(context, int) or not 0 < context <= config.max_positions:
+        raise InputError(f"context must be in [1, {config.max_positions}], not {context}")
+    return context
 
 
 def init_kv(config: ModelConfig, batch: int, context: int, dtype: str) -> KVCache | LatentKVCache:
@@ -175,8 +194,9 @@ def prefill(
         The state, the logits [B, V] after each prompt's last token, and the traces of all chunks.
 
     Raises:
-        InputError: an empty prompt, or one that does not fit the KV cache.
+        InputError: an empty prompt, an id out of range, or a prompt that does not fit the KV cache.
     """
+    prompts = [token_ids(p, model.config.vocab_size) for p in prompts]
     check_room(state, [len(p) for p in prompts])
     logits, traces = None, []
     done = 0
@@ -200,16 +220,32 @@ def capacity(state: DecodeState) -> int:
     return jax.tree.leaves(state.kv)[0].shape[2]
 
 
-def check_room(state: DecodeState, prompts: list[int], extra: int = 0) -> None:
+def token_ids(tokens: Any, vocab_size: int) -> np.ndarray:
+    """Token ids [T] as i32; InputError for anything but whole numbers in [0, vocab_size)."""
+    try:
+        ids = np.asarray(tokens)
+    except ValueError:
+        raise InputError("token ids must be one flat list of integers") from None
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise InputError(f"token ids must be one flat list of integers, not {ids.dtype}")
+    if ids.size and not (0 <= ids.min() and ids.max() < vocab_size):
+        raise InputError(f"token ids must be in [0, {vocab_size}), not {ids.min()} to {ids.max()}")
+    return ids.astype(np.int32)
+
+
+def check_room(
+    state: DecodeState, prompts: list[int], extra: int = 0, *, context: int | None = None
+) -> None:
     """Raise InputError unless prompts of these lengths plus `extra` tokens fit the context."""
+    limit = min(capacity(state), context or capacity(state))
     if not prompts or min(prompts) < 1:
         raise InputError("a prompt is empty: give at least one token per sequence")
     lengths = np.asarray(state.length)
     if len(prompts) != len(lengths):
         raise InputError(f"{len(prompts)} prompts for a state of {len(lengths)} sequences")
     most = max(int(n) + p for n, p in zip(lengths, prompts, strict=True)) + extra
-    if most > capacity(state):
+    if most > limit:
         raise InputError(
-            f"{most} tokens do not fit the context of {capacity(state)}: shorten the prompt, ask "
+            f"{most} tokens do not fit the context of {limit}: shorten the prompt, ask "
             "for fewer new tokens or raise `context`"
         )

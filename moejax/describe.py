@@ -11,6 +11,7 @@ import numpy as np
 from moejax import devices, orbax_directory
 from moejax.checkpoints import bank, convert, headers, hf
 from moejax.config import ModelConfig, read_config_json
+from moejax.decode import checked_context
 from moejax.errors import CheckpointError, NonFiniteError
 from moejax.layout import DTYPES
 from moejax.models import config_from_hf, family
@@ -75,7 +76,7 @@ def describe(directory: pathlib.Path, context: int | None = None) -> Description
     dtype = _dtype(kind, stored)
     if kind == "hf":
         hf.plan_directory(directory, weight_map(config, family(config.model_type).rules, dtype))
-    context = context or min(config.max_positions, 4096)
+    context = checked_context(config, context)
     model = Decoder(config, dtype)
     dense = sum(math.prod(shape) for shape in parameter_shapes(config).values())
     expert = 3 * config.width * config.expert_width
@@ -148,7 +149,7 @@ def verify(directory: pathlib.Path, progress: hf.Progress | None = None) -> str:
         return "every expert has its checksum, no NaN or infinity in the dense weights"
     model = Decoder(config, _dtype(kind, stored))
     flat, records = orbax_directory.load_directory(directory, model, on_device=False)
-    flat = {name: np.asarray(array) for name, array in flat.items()}
+    flat = {name: np.asarray(a).view(weights.specs[name].dtype) for name, a in flat.items()}
     if records is not None:
         layout, host = weights.layout, np.asarray(records)
         flat |= {f"experts/{part}": layout.view(host, part) for part in layout.parts}

@@ -10,10 +10,12 @@ import numpy as np
 from moejax import decode
 from moejax.config import ModelConfig
 from moejax.errors import BudgetError
+from moejax.generate import generate_step
 from moejax.layout import DTYPES
-from moejax.models.shapes import parameter_shapes
+from moejax.models.shapes import held_dtype, parameter_shapes
 from moejax.models.transformer import Decoder
 from moejax.policy import Policy
+from moejax.sampling import Sampling
 from moejax.state import ExpertStore
 from moejax.units import format_bytes
 
@@ -30,11 +32,21 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
+def exactness() -> str:
+    """What a run with the model's own routing is on this backend."""
+    return "bit-exact" if jax.default_backend() == "cpu" else "faithful"
+
+
 def dense_params(flat: dict[str, np.ndarray]) -> dict[str, dict[str, jax.Array]]:
-    """Parameters by "group/name" as the nested dict that the decoder takes, on the device."""
+    """Parameters by "group/name" as the nested dict that the decoder takes, on the device.
+
+    NumPy arrays come as floats; stacks among them become bits. JAX arrays come as they are held.
+    """
     params: dict[str, dict[str, jax.Array]] = {}
     for path, array in flat.items():
         group, name = path.split("/")
+        if isinstance(array, np.ndarray):
+            array = array.view(held_dtype(path, array.dtype.name))
         # Not jnp.asarray, which copies: on a CPU this aliases aligned arrays.
         params.setdefault(group, {})[name] = jax.device_put(array)
     return params
@@ -68,7 +80,8 @@ def abstract_params(model: Decoder) -> dict[str, dict[str, jax.ShapeDtypeStruct]
     params: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
     for path, shape in parameter_shapes(model.config).items():
         group, name = path.split("/")
-        params.setdefault(group, {})[name] = jax.ShapeDtypeStruct(shape, model.dtype)
+        dtype = held_dtype(path, model.dtype)
+        params.setdefault(group, {})[name] = jax.ShapeDtypeStruct(shape, dtype)
     return params
 
 
@@ -96,19 +109,16 @@ def workspace_bytes(model: Decoder, policy: Policy | None, batch: int, context: 
     config = model.config
     experts = abstract_store(config, model.dtype) if config.moe_layers else None
 
-    def fresh() -> decode.DecodeState:
-        return decode.init_state(
+    def arguments() -> tuple:
+        state = decode.init_state(
             model, policy, experts, slots=max(config.top_k, 1), batch=batch, context=context
         )
+        return state, jax.random.key(0), Sampling().validate()
 
-    lowered = decode.decode_step.lower(
-        model,
-        policy,
-        abstract_params(model),
-        experts,
-        jax.eval_shape(fresh),
-        jax.ShapeDtypeStruct((batch, decode.PREFILL_CHUNK), jnp.int32),
-    )
+    state, key, sampling = jax.eval_shape(arguments)
+    tokens = jax.ShapeDtypeStruct((batch, decode.PREFILL_CHUNK), jnp.int32)
+    fixed = (model, policy, abstract_params(model), experts)
+    lowered = generate_step.lower(*fixed, state, tokens, sampling, key, None)
     plan = lowered.compile().memory_analysis()
     return int(plan.temp_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes)
 
@@ -124,7 +134,7 @@ def slots_for(
     config = model.config
     parts = {
         "dense weights": dense_bytes(config, model.dtype),
-        f"KV cache of {context} tokens": kv_bytes(model, batch, context),
+        f"KV cache of {batch} x {context} tokens": kv_bytes(model, batch, context),
         "workspace": workspace_bytes(model, policy, batch, context),
     }
     left = memory - sum(parts.values())

@@ -20,7 +20,8 @@ PACKAGES = (
     "moejax jax jaxlib flax orbax-checkpoint numpy ml_dtypes safetensors tokenizers transformers "
     "huggingface_hub chex typer rich torch"
 ).split()
-OPTIONAL = {"torch", "moejax"}  # moejax is missing where it runs from a source tree
+# moejax is missing where it runs from a source tree, the others where nothing needs them.
+OPTIONAL = {"moejax", "safetensors", "torch", "transformers"}
 OLDEST_JAX = (0, 10, 2)
 BAD_JAX = {(0, 11, 0), (0, 11, 1)}
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 14)
@@ -251,7 +252,7 @@ def _memory() -> tuple[str, str]:
 
 def _embedded() -> tuple[str, str]:
     from moejax.hub import resolve
-    from moejax.runtime import load
+    from moejax.loading import load
 
     directory = resolve("tiny")
     if not (directory / "config.json").is_file():

@@ -36,6 +36,9 @@ class Evictor(Protocol):
         ...
 
 
+CLOCK_LIMIT = 2**30  # the clock is set back here, long before an i32 would wrap
+
+
 @pytree
 class LRUMemory:
     """When each expert was last used."""
@@ -60,10 +63,10 @@ class LRU:
         start = access.layer * experts
         old = jax.lax.dynamic_slice(memory.last_used, (start,), (experts,))
         new = jnp.where(access.needed, memory.clock + access.last_use, old)
-        return LRUMemory(
-            clock=memory.clock + access.last_use.max(initial=-1) + 1,
-            last_used=jax.lax.dynamic_update_slice(memory.last_used, new, (start,)),
-        )
+        last_used = jax.lax.dynamic_update_slice(memory.last_used, new, (start,))
+        clock = memory.clock + access.last_use.max(initial=-1) + 1
+        back = jnp.where(clock < CLOCK_LIMIT, 0, CLOCK_LIMIT // 2)
+        return LRUMemory(clock=clock - back, last_used=jnp.maximum(last_used - back, -1))
 
     def keys(self, memory: LRUMemory, layer: jax.Array) -> jax.Array:
         """Time of last use."""

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -40,7 +41,8 @@ class LayerTrace:
 
 def resident(policy: Policy, cache: ExpertCache, layer: jax.Array, experts: int) -> jax.Array:
     """[E] which experts of a layer are resident, as routers see it."""
-    return tables.layer_slots(cache.residency, layer, experts, policy.capacity) >= 0
+    capacity = tables.usable(cache.residency, experts, policy.capacity)
+    return tables.layer_slots(cache.residency, layer, experts, capacity) >= 0
 
 
 def block_size(tokens: int, top_k: int, experts: int) -> int:
@@ -117,12 +119,16 @@ def apply(
     valid: jax.Array,  # [N] bool
 ) -> tuple[jax.Array, ExpertCache, object, LayerTrace]:
     """Mixture of the routed experts [N, D] f32; fetches misses, in passes when slots are few."""
+    chex.assert_rank([x, scores, routing.expert, valid], [2, 2, 2, 1])
+    chex.assert_equal_shape_prefix([x, scores, routing.expert, valid], 1)
+    chex.assert_type([x, scores], jnp.float32)
     experts = scores.shape[-1]
     used = access(layer, scores, routing, valid)
     memory = policy.evictor.observe(memory, used)
     keys = policy.evictor.keys(memory, layer)
     order = jnp.argsort(first_use(routing, valid, experts)).astype(jnp.int32)
     blocks = group(routing.expert, valid, experts)
+    capacity = tables.usable(cache.residency, experts, policy.capacity)
     hits = used.needed & resident(policy, cache, layer, experts)
     missing = used.needed & ~hits
     virtual = cache.pool.shape[0] == 0
@@ -137,9 +143,9 @@ def apply(
     def one_pass(carry: tuple) -> tuple:
         pending, source, residency, y, fetched, passes = carry
         source, residency, count = _fetch(
-            policy, store, source, residency, keys, layer, pending, order, virtual
+            capacity, store, source, residency, keys, layer, pending, order, virtual
         )
-        slots = tables.layer_slots(residency, layer, experts, policy.capacity)
+        slots = tables.layer_slots(residency, layer, experts, capacity)
         run = pending & (slots >= 0)
         index = layer * experts + blocks.expert if virtual else slots[blocks.expert]
         source, y = _compute(store.layout, source, index, run, blocks, x, y)
@@ -177,7 +183,7 @@ def _compute(
 
 
 def _fetch(
-    policy: Policy,
+    capacity: jax.Array,
     store: ExpertStore,
     pool: jax.Array,
     residency: tables.Residency,
@@ -189,9 +195,9 @@ def _fetch(
 ) -> tuple[jax.Array, tables.Residency, jax.Array]:
     """Bring in as many pending experts as there are evictable slots, in order of first use."""
     experts = pending.shape[0]
-    slots = tables.layer_slots(residency, layer, experts, policy.capacity)
+    slots = tables.layer_slots(residency, layer, experts, capacity)
     missing = pending & (slots < 0)
-    free = tables.evictable(residency, layer, pending & (slots >= 0), policy.capacity)
+    free = tables.evictable(residency, layer, pending & (slots >= 0), capacity)
     count = jnp.minimum(missing.sum(dtype=jnp.int32), free.sum(dtype=jnp.int32))
     queue = order[jnp.argsort(~missing[order])]
 

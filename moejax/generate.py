@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.decode import PREFILL_CHUNK, check_room, chunks, step
+from moejax.decode import PREFILL_CHUNK, check_room, chunks, step, token_ids
 from moejax.errors import InputError, NonFiniteError
 from moejax.models.transformer import Decoder
 from moejax.policy import Policy
@@ -33,6 +33,7 @@ class Totals:
     needed: jax.Array  # [] i32
     hits: jax.Array  # [] i32
     fetched: jax.Array  # [] i32
+    host: jax.Array  # [] i32
     replaced_mass: jax.Array  # [] f32
 
 
@@ -70,9 +71,12 @@ class Stats:
     hits: int = 0
     prefill_needed: int = 0
     prefill_hits: int = 0
-    fetched: int = 0  # records copied into slots, prefill included
+    prefill_fetched: int = 0  # of `fetched`
+    fetched: int = 0  # records copied into slots, prefill included; only counted if `virtual`
+    host: int = 0  # experts computed on the host, prefill included
     replaced_mass: float = 0.0
-    exact: bool = True
+    virtual: bool = False  # weights are read in place: nothing is copied
+    label: str = "bit-exact"  # or "faithful" (same routing, other rounding) or "lossy"
     ttft: float | None = None
     decode_seconds: float = 0.0
 
@@ -88,8 +92,15 @@ class Stats:
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes copied into slots."""
+        """Bytes copied into slots, or that slots would have cost if `virtual`."""
         return self.fetched * self.record_bytes
+
+    @property
+    def bytes_per_step(self) -> float | None:
+        """Bytes copied per decode step."""
+        if not self.steps:
+            return None
+        return (self.fetched - self.prefill_fetched) * self.record_bytes / self.steps
 
     def add(self, totals: Totals | None, *, prefill: bool) -> None:
         """Count one step."""
@@ -97,8 +108,10 @@ class Stats:
             return
         counted = jax.device_get(totals)
         self.fetched += int(counted.fetched)
+        self.host += int(counted.host)
         self.replaced_mass += float(counted.replaced_mass)
         if prefill:
+            self.prefill_fetched += int(counted.fetched)
             self.prefill_needed += int(counted.needed)
             self.prefill_hits += int(counted.hits)
         else:
@@ -107,7 +120,8 @@ class Stats:
 
     def as_dict(self) -> dict[str, Any]:
         """All fields and derived figures, for JSON."""
-        derived = {"hit_rate": self.hit_rate, "tpot": self.tpot, "bytes_moved": self.bytes_moved}
+        names = ("hit_rate", "tpot", "bytes_moved", "bytes_per_step")
+        derived = {name: getattr(self, name) for name in names}
         return dataclasses.asdict(self) | derived
 
 
@@ -118,6 +132,7 @@ def _totals(trace: StepTrace | None) -> Totals | None:
         needed=trace.needed.sum(),
         hits=trace.hits.sum(),
         fetched=trace.fetched.sum(),
+        host=trace.host.sum(),
         replaced_mass=trace.replaced_mass.sum(),
     )
 
@@ -170,6 +185,7 @@ class Engine:
     policy: Policy | None
     params: dict
     store: ExpertStore | None
+    context: int  # tokens per sequence
     chunk: int = PREFILL_CHUNK
 
     def tokens(
@@ -195,18 +211,18 @@ class Engine:
             InputError: an empty prompt, a token out of range, or a context too small.
             NonFiniteError: NaN or infinity in the logits.
         """
-        vocab = self.model.config.vocab_size
-        for prompt in prompts:
-            if len(prompt) and not (0 <= prompt.min() and prompt.max() < vocab):
-                raise InputError(f"token ids must be in [0, {vocab})")
+        prompts = [token_ids(p, self.model.config.vocab_size) for p in prompts]
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        check_room(state, [len(p) for p in prompts], max_new_tokens - 1)
+        if not 0 <= seed < 2**32:
+            raise InputError(f"seed must be in [0, 2^32), got {seed}")
+        check_room(state, [len(p) for p in prompts], max_new_tokens - 1, context=self.context)
         begun = time.perf_counter()
         key = jax.random.key(seed)
         fixed = (self.model, self.policy, self.params, self.store)
         pending = np.full(len(prompts), -1, np.int32)
         drawn, done = None, 0
+        stats.prompt_tokens += sum(len(p) for p in prompts)
         for tokens in chunks(prompts, self.chunk):
             state, seen, drawn = generate_step(*fixed, state, tokens, sampling, key, seen, top=top)
             stats.add(drawn.totals, prefill=True)
@@ -218,10 +234,9 @@ class Engine:
             if all(len(p) <= done for p in prompts):
                 stats.ttft = time.perf_counter() - begun
             if first:
+                stats.new_tokens += len(first)
                 yield state, first
                 finished |= np.isin(pending, list(stop_ids)) & np.array(ends)
-        stats.prompt_tokens += sum(len(p) for p in prompts)
-        stats.new_tokens += len(prompts)
         for _ in range(max_new_tokens - 1):
             if finished.all():
                 return

@@ -30,7 +30,7 @@ def resolve(path_or_name: str | os.PathLike, *, download: bool = True) -> pathli
         return path
     if path.exists():
         raise CheckpointError(f"{path} is a file: give the directory that holds config.json")
-    if not HUB_ID.fullmatch(name):
+    if not HUB_ID.fullmatch(name) or name[0] in "./~":
         raise CheckpointError(
             f"there is no directory {path}; known names: {', '.join(EMBEDDED)}, or a hub id such "
             "as Qwen/Qwen3-30B-A3B"

@@ -61,6 +61,7 @@ def load_directory(
 ) -> tuple[dict[str, jax.Array], jax.Array | None]:
     """Restore dense parameters by path and records [L * E, R], each straight into its memory.
 
+    Parameters come in their `held_dtype`.
     Raises CheckpointError when the checkpoint is damaged or does not fit the config or the dtype.
     """
     abstract: dict[str, Any] = {"params": devices.abstract_params(model)}
@@ -95,7 +96,7 @@ def _check_target(source: pathlib.Path, target: pathlib.Path, force: bool) -> No
     if target.resolve() == source.resolve() or target.resolve() in source.resolve().parents:
         raise CheckpointError(f"{target} holds the source: convert into another directory")
     if os.path.lexists(target) and not force:
-        raise CheckpointError(f"{target} exists: give another name, or force to replace it")
+        raise CheckpointError(f"{target} exists: give another name, or replace it with --force")
     if os.path.lexists(target):
         _check_ours(target)
 

@@ -22,7 +22,7 @@ class Policy:
     router: Router
     evictor: Evictor
     placement: Placement
-    capacity: jax.Array | int  # slots in use, at most S
+    capacity: jax.Array | int  # slots in use: at most S, at least one (per layer if divided)
 
     @property
     def exact(self) -> bool:

@@ -16,7 +16,8 @@ def empty(num_ids: int, slots: int, *, layers: int = 0) -> Residency:
     """
     home = jnp.full(slots, -1, jnp.int32)
     if layers:
-        home = jnp.arange(slots, dtype=jnp.int32) * layers // slots
+        # Interleaved, so that any prefix of the slots serves all layers alike.
+        home = jnp.arange(slots, dtype=jnp.int32) % layers
     return Residency(
         slot_of=jnp.full(num_ids, -1, jnp.int32), owner=jnp.full(slots, -1, jnp.int32), home=home
     )
@@ -29,6 +30,12 @@ def full(num_ids: int) -> Residency:
         owner=jnp.arange(num_ids, dtype=jnp.int32),
         home=jnp.full(num_ids, -1, jnp.int32),
     )
+
+
+def usable(residency: Residency, experts: int, capacity: jax.Array) -> jax.Array:
+    """Slots in use: `capacity`, but at least one for every layer that has to be served."""
+    layers = residency.slot_of.shape[0] // experts
+    return jnp.maximum(capacity, jnp.where(residency.home[0] < 0, 1, layers))
 
 
 def layer_slots(
@@ -52,9 +59,12 @@ def evictable(
 
 def victim(residency: Residency, keys: jax.Array, free: jax.Array) -> jax.Array:
     """The slot among `free` [S] to fill next: an empty one, or that of the smallest key [L * E]."""
-    low, high = _extremes(keys.dtype)
-    key = jnp.where(residency.owner < 0, low, keys[jnp.maximum(residency.owner, 0)])
-    return jnp.argmin(jnp.where(free, key, high)).astype(jnp.int32)
+    empty = free & (residency.owner < 0)
+    among = jnp.where(empty.any(), empty, free)
+    key = keys[jnp.maximum(residency.owner, 0)]
+    least = jnp.where(among, key, _greatest(keys.dtype)).min()
+    # Not argmin: keys may all be as great as the filler, or NaN.
+    return jnp.argmax(among & (empty | ~(key > least))).astype(jnp.int32)
 
 
 def place(residency: Residency, slot: jax.Array, expert: jax.Array) -> Residency:
@@ -68,8 +78,5 @@ def place(residency: Residency, slot: jax.Array, expert: jax.Array) -> Residency
     )
 
 
-def _extremes(dtype: jnp.dtype) -> tuple[float, float]:
-    if jnp.issubdtype(dtype, jnp.floating):
-        return -jnp.inf, jnp.inf
-    info = jnp.iinfo(dtype)
-    return info.min, info.max
+def _greatest(dtype: jnp.dtype) -> float:
+    return jnp.inf if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).max

@@ -1,33 +1,23 @@
-"""Load a model under a budget and use it: the surface for people and scripts."""
+"""Runtime: a loaded model with its budget and policy, for people and scripts."""
 
 import dataclasses
-import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax import allocator, decode, devices, orbax_directory
-from moejax.checkpoints import convert, headers, hf
-from moejax.config import ModelConfig, read_config_json
+from moejax import decode, devices
+from moejax.config import ModelConfig
 from moejax.errors import BudgetError, InputError, TokenizerError
 from moejax.generate import Engine, Stats, Token
-from moejax.hub import resolve
-from moejax.layout import DTYPES
-from moejax.models import config_from_hf, family
-from moejax.models.family import weight_map
 from moejax.models.transformer import Decoder
 from moejax.policy import Policy
-from moejax.policy import policy as named_policy
 from moejax.sampling import Sampling, mark_seen, sampling_from
 from moejax.state import DecodeState, ExpertStore
 from moejax.text import StopStrings, StreamDecoder, Tokenizer, eos_ids_from
-from moejax.units import parse_bytes
-
-DEFAULT_CONTEXT = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +53,7 @@ class Runtime:
     generation_config: dict[str, Any]
     directory: pathlib.Path
     virtual: bool = False
+    max_batch: int | None = None  # sequences that the memory budget counted, None = no limit
     stats: Stats = dataclasses.field(init=False)
     _tokenizer: Tokenizer | None = dataclasses.field(default=None, init=False, repr=False)
 
@@ -79,7 +70,14 @@ class Runtime:
     @property
     def engine(self) -> Engine:
         """The fixed arguments of the step, with the loops over it."""
-        return Engine(self.model, self.policy, self.params, self.store)
+        return Engine(self.model, self.policy, self.params, self.store, self.context)
+
+    @property
+    def slots_in_use(self) -> int:
+        """Slots that the policy's capacity leaves in use."""
+        if self.policy is None:
+            return 0
+        return min(self.slots, max(int(self.policy.capacity), 1))
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -87,14 +85,23 @@ class Runtime:
         return frozenset(eos_ids_from(self.generation_config) or self.config.eos_ids)
 
     def init_state(self, batch: int = 1, *, context: int | None = None) -> DecodeState:
-        """A fresh state for `decode_step`: nothing in the KV cache, no expert fetched yet."""
+        """A fresh state for `decode_step`: nothing in the KV cache, no expert fetched yet.
+
+        Raises:
+            BudgetError: more sequences than `load` counted in its memory budget.
+        """
+        if self.max_batch is not None and batch > self.max_batch:
+            raise BudgetError(
+                f"a batch of {batch} exceeds the memory budget, which counted {self.max_batch}: "
+                f"load with batch={batch}"
+            )
         return decode.init_state(
             self.model,
             self.policy,
             self.store,
             slots=self.slots,
             batch=batch,
-            context=context or self.context,
+            context=self.context if context is None else context,
             virtual=self.virtual,
         )
 
@@ -117,16 +124,18 @@ class Runtime:
         tokens = np.asarray(tokens)
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
             raise InputError(f"tokens must be integers [B, T], not {tokens.dtype} {tokens.shape}")
-        rows = [_trimmed(row, self.config.vocab_size) for row in tokens.astype(np.int32)]
-        state = self.init_state(len(rows))
-        decode.check_room(state, [len(r) for r in rows])
+        rows = [_trimmed(row, self.config.vocab_size) for row in tokens]
+        state = self.init_state(max(len(rows), 1))
+        decode.check_room(state, [len(r) for r in rows], context=self.context)
         parts = []
         for chunk in decode.chunks(rows):
             state, out = self.decode_step(state, chunk, all_logits=True)
             parts.append(np.asarray(out.logits))
         logits = np.concatenate(parts, axis=1)
         short = tokens.shape[1] - logits.shape[1]
-        return np.pad(logits, ((0, 0), (0, max(short, 0)), (0, 0)))[:, : tokens.shape[1]]
+        if short > 0:
+            logits = np.pad(logits, ((0, 0), (0, short), (0, 0)))
+        return logits[:, : tokens.shape[1]]
 
     def generate(
         self,
@@ -169,7 +178,6 @@ class Runtime:
         """
         ids = [self._ids(p) for p in _as_list(prompts)]
         state = self.init_state(len(ids))
-        self.stats = self._fresh_stats()
         for _, piece in self.pieces(
             state, ids, max_new_tokens, sampling, stop=stop, seed=seed, logprobs=logprobs
         ):
@@ -189,10 +197,13 @@ class Runtime:
     ) -> Iterator[tuple[DecodeState, Piece]]:
         """`stream` on a state of the caller's: yields the state with each piece; donates it.
 
+        Starts `stats` anew.
+
         Args:
             history: tokens already in the KV cache, for the repetition penalty.
         """
         sampling = self._sampling(sampling)
+        self.stats = self._fresh_stats()
         stops = [StopStrings(stop) for _ in ids]
         decoders = [StreamDecoder(self.tokenizer) for _ in ids] if self._has_text(stop) else None
         finished, emitted = np.zeros(len(ids), bool), np.zeros(len(ids), int)
@@ -246,8 +257,14 @@ class Runtime:
             pass
 
     def _fresh_stats(self) -> Stats:
-        stride = self.store.layout.stride if self.store else 0
-        return Stats(record_bytes=stride, exact=self.policy is None or self.policy.exact)
+        if self.store is None:
+            return Stats(record_bytes=0, label=devices.exactness())
+        everything = self.slots == len(self.store.records)
+        return Stats(
+            record_bytes=self.store.layout.stride,
+            label="lossy" if not self.policy.exact else devices.exactness(),
+            virtual=self.virtual or everything,
+        )
 
     def _sampling(self, sampling: Sampling | dict[str, Any] | None) -> Sampling:
         if isinstance(sampling, Sampling):
@@ -273,104 +290,18 @@ class Runtime:
             return False
 
     def _ids(self, prompt: str | Sequence[int]) -> np.ndarray:
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if not ids:
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        ids = decode.token_ids(ids, self.config.vocab_size)
+        if not ids.size:
             raise InputError("the prompt is empty: give at least one token")
         return np.asarray(ids, np.int32)
-
-
-def load(
-    path_or_name: str | os.PathLike = "tiny",
-    *,
-    dtype: str = "bfloat16",
-    device_memory: int | str | None = None,
-    slots: int | None = None,
-    policy: str | Policy = "lru",
-    context: int | None = None,
-    virtual: bool = False,
-    check_finite: bool = True,
-    progress: Any = None,
-) -> Runtime:
-    """Load a model so that it runs under a budget.
-
-    Args:
-        path_or_name: "tiny" (the embedded model), a Hugging Face or converted directory, or a hub
-            id such as "Qwen/Qwen3-30B-A3B".
-        dtype: "bfloat16" or "float32"; weights are converted, sums are always f32.
-        device_memory: bytes, or text such as "6GiB": dense weights, KV cache and workspace are
-            counted, the rest becomes expert slots.
-        slots: experts on the device at once, instead of `device_memory`; None = all.
-        policy: a preset's name or a Policy.
-        context: tokens per sequence that the KV cache holds; default the model's, at most 4096.
-        virtual: the tables say what is resident, weights are read in place and nothing is copied.
-        progress: called with (bytes read, bytes in all).
-
-    Raises:
-        MoejaxError: a subclass that says what to do.
-    """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if slots is not None and device_memory is not None:
-        raise BudgetError("give device_memory or slots, not both")
-    devices.use_compilation_cache()
-    directory = resolve(path_or_name)
-    config = config_from_hf(read_config_json(directory))
-    memory = None if device_memory is None else parse_bytes(device_memory)
-    _bound_allocator(config, dtype, memory)  # before anything starts JAX
-    chosen = named_policy(policy) if config.moe_layers else None
-    context = context or min(config.max_positions, DEFAULT_CONTEXT)
-    if not 0 < context <= config.max_positions:
-        raise InputError(f"context must be in [1, {config.max_positions}], not {context}")
-    model = Decoder(config, dtype)
-    total = config.num_moe_layers * config.num_experts
-    if memory is not None:
-        slots = devices.slots_for(model, chosen, memory, context)
-    slots = total if slots is None else min(slots, total)
-    if config.moe_layers and slots < config.top_k:
-        raise BudgetError(f"{slots} slots cannot hold the top-{config.top_k} of one layer")
-    everything = slots == total
-    flat, records = _read(directory, model, everything, check_finite, progress)
-    return Runtime(
-        config=config,
-        model=model,
-        params=devices.dense_params(flat),
-        store=devices.store(config, records, dtype, on_device=everything),
-        policy=chosen,
-        slots=slots,
-        context=context,
-        generation_config=_generation_config(directory),
-        directory=directory,
-        virtual=virtual,
-    )
-
-
-def _bound_allocator(config: ModelConfig, dtype: str, memory: int | None) -> None:
-    experts = config.num_moe_layers * config.num_experts
-    host = experts * config.record_layout(dtype).stride if experts else 0
-    allocator.apply(allocator.environment_for(memory, allocator.gpu_memory(), host))
-
-
-def _read(
-    directory: pathlib.Path, model: Decoder, on_device: bool, check_finite: bool, progress: Any
-) -> tuple[dict[str, Any], Any]:
-    if orbax_directory.is_orbax(directory):
-        return orbax_directory.load_directory(directory, model, on_device=on_device)
-    weights = weight_map(model.config, family(model.config.model_type).rules, model.dtype)
-    if convert.is_converted(directory):
-        return convert.load_converted(directory, weights)
-    return hf.load(directory, weights, check_finite=check_finite, progress=progress)
-
-
-def _generation_config(directory: pathlib.Path) -> dict[str, Any]:
-    path = directory / "generation_config.json"
-    if not path.is_file():
-        return {}
-    return headers.parse_json(headers.read_small(path), str(path))
 
 
 def _as_list(prompts: Any) -> list:
     if isinstance(prompts, str):
         return [prompts]
+    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
+        raise InputError(f"prompts must be texts or lists of token ids, not {type(prompts)}")
     prompts = list(prompts)
     if prompts and isinstance(prompts[0], int | np.integer):
         return [prompts]
@@ -380,10 +311,7 @@ def _as_list(prompts: Any) -> list:
 
 
 def _trimmed(row: np.ndarray, vocab_size: int) -> np.ndarray:
-    real = row >= 0
-    length = int(real.sum())
-    if not real[:length].all() or (row[:length] >= vocab_size).any() or (row < -1).any():
-        raise InputError(
-            f"token ids must be in [0, {vocab_size}), padded with -1 at the end of a row only"
-        )
-    return row[:length]
+    length = int((row >= 0).sum())
+    if (row[length:] != -1).any():
+        raise InputError("rows may be padded with -1 at their end only")
+    return decode.token_ids(row[:length], vocab_size)

@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
-from moejax.decode import capacity, rewind
+from moejax.decode import rewind
 from moejax.errors import InputError
 from moejax.runtime import Piece, Runtime
 from moejax.sampling import Sampling
@@ -52,27 +53,30 @@ class Session:
                 f"{self.runtime.context}: start anew or load with a larger context"
             )
         state = self._rewound(ids)
-        kept = self.reused_tokens
-        room = capacity(state) - len(ids) + 1
-        answer = ""
-        history, self._history, self._state = self._history[:kept], [], None
+        kept, answer = self.reused_tokens, ""
+        history, new = self._history[:kept], []
         pieces = self.runtime.pieces(
             state,
             [np.asarray(ids[kept:], np.int32)],
-            min(max_new_tokens, room),
+            min(max_new_tokens, self.runtime.context - len(ids) + 1),
             dict(sampling) if isinstance(sampling, Mapping) else sampling,
             stop=stop,
             seed=seed,
             history=[np.asarray(history, np.int32)],
         )
-        new: list[int] = []
-        for state, piece in pieces:
-            answer += piece.text
-            new.append(piece.token.id)
-            # The newest token is known but not yet in the KV cache.
-            self._state, self._history = state, [*ids, *new[:-1]]
-            yield piece
-        self.messages = [*messages, {"role": "assistant", "content": answer}]
+        try:
+            for newest, piece in pieces:
+                state = newest
+                answer += piece.text
+                new.append(piece.token.id)
+                # The newest token is known but not yet in the KV cache.
+                history = [*ids, *new[:-1]]
+                yield piece
+            self.messages = [*messages, {"role": "assistant", "content": answer}]
+        finally:
+            # A step that failed half-way has consumed the state that it was given.
+            lost = any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+            self._state, self._history = (None, []) if lost else (state, history)
 
     def _rewound(self, ids: list[int]) -> Any:
         """The state with as much of `ids` as it already holds, but for the last token."""

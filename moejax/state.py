@@ -8,6 +8,8 @@
 
 An expert's id is `layer * E + expert`. Weights and keys are stored as unsigned bits (u16 for
 bfloat16): XLA's CPU backend then updates one row in place instead of copying the whole buffer.
+So are the dense weights that are stacked over layers: it then converts the layer at hand to f32
+instead of the whole stack before the loop.
 """
 
 import dataclasses

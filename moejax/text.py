@@ -13,24 +13,17 @@ import tokenizers
 from tokenizers import decoders, models, normalizers
 
 from moejax.chat import Template
+from moejax.config import MAX_SIZE
 from moejax.detokenize import decoder_stages
 from moejax.errors import InputError, TokenizerError
 
 NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 SENTENCEPIECE_PROBES = ("Hello, wörld  \U0001f642 12", " lead\n", "   东京", "e\u0301\ufb01\u2460")
 # Arguments of transformers' apply_chat_template that are not variables of the template.
-UNSUPPORTED_CHAT_OPTIONS = {
-    "continue_final_message",
-    "max_length",
-    "padding",
-    "return_assistant_tokens_mask",
-    "return_dict",
-    "return_tensors",
-    "sanitize_control_tokens",
-    "tokenize",
-    "tokenizer_kwargs",
-    "truncation",
-}
+UNSUPPORTED_CHAT_OPTIONS = set(
+    """continue_final_message max_length padding return_assistant_tokens_mask return_dict
+    return_tensors sanitize_control_tokens tokenize tokenizer_kwargs truncation""".split()
+)
 
 
 class Tokenizer:
@@ -59,11 +52,11 @@ class Tokenizer:
         backend.no_padding()
         _add_tokens(backend, config.get("added_tokens_decoder") or {})
         self.special_tokens = {
-            name: content for name in NAMED_TOKENS if (content := _content(config.get(name)))
+            name: content for name in NAMED_TOKENS if (content := _content(name, config.get(name)))
         }
         self.vocab_size: int = backend.get_vocab_size()
-        self.bos_id = self._named_id("bos_token", generation_config.get("bos_token_id"))
-        self.pad_id = self._named_id("pad_token", generation_config.get("pad_token_id"))
+        self.bos_id = self._named_id("bos_token", _token_id(generation_config, "bos_token_id"))
+        self.pad_id = self._named_id("pad_token", _token_id(generation_config, "pad_token_id"))
         eos_id = self._named_id("eos_token", None)
         self.eos_ids = eos_ids_from(generation_config) or (() if eos_id is None else (eos_id,))
         # Files such as DeepSeek's ask for the first token here and not in tokenizer.json.
@@ -79,14 +72,9 @@ class Tokenizer:
     def load(cls, directory: str | Path) -> "Tokenizer":
         """Read the tokenizer files of a Hugging Face model directory. Raises TokenizerError."""
         directory = Path(directory)
-        config = {
-            **_read_json(directory / "special_tokens_map.json"),
-            **{
-                name: value
-                for name, value in _read_json(directory / "tokenizer_config.json").items()
-                if value is not None
-            },
-        }
+        config = _read_json(directory / "special_tokens_map.json")
+        given = _read_json(directory / "tokenizer_config.json")
+        config |= {name: value for name, value in given.items() if value is not None}
         if (directory / "tokenizer.json").is_file():
             backend = _read_backend(directory / "tokenizer.json")
         elif (directory / "tokenizer.model").is_file():
@@ -97,14 +85,10 @@ class Tokenizer:
                 f"{directory} has neither tokenizer.json nor tokenizer.model; copy the tokenizer "
                 f"files of the original model into it"
             )
-        generation_config = {
-            **{
-                name: value
-                for name, value in _read_json(directory / "config.json").items()
-                if name in ("bos_token_id", "eos_token_id", "pad_token_id")
-            },
-            **_read_json(directory / "generation_config.json"),
-        }
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        given = _read_json(directory / "config.json")
+        generation_config = {name: given[name] for name in names if name in given}
+        generation_config |= _read_json(directory / "generation_config.json")
         return cls(
             backend,
             config=config,
@@ -186,8 +170,8 @@ def eos_ids_from(generation_config: Mapping[str, Any]) -> tuple[int, ...]:
     """The ids that end a sequence; empty where the config names none. Raises InputError."""
     ids = generation_config.get("eos_token_id")
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    if any(type(token) is not int or token < 0 for token in ids):
-        raise InputError(f"eos_token_id must be token ids, got {ids!r}")
+    if any(type(token) is not int or not 0 <= token <= MAX_SIZE for token in ids):
+        raise InputError(f"eos_token_id must be token ids, got {ids!r:.80}")
     return tuple(ids)
 
 
@@ -275,16 +259,39 @@ class StopStrings:
         return text
 
 
-def _content(token: Any) -> str | None:
+def _wrong(what: str, value: Any) -> TokenizerError:
+    return TokenizerError(f"{what} cannot be {value!r:.80}; copy the model's files again")
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a str of valid unicode."""
+    return isinstance(value, str) and value == value.encode(errors="ignore").decode()
+
+
+def _token_id(generation_config: Mapping[str, Any], name: str) -> int | None:
+    token = generation_config.get(name)
+    if token is not None and (type(token) is not int or not -1 <= token <= MAX_SIZE):
+        raise _wrong(f"{name} of generation_config.json or config.json", token)
+    return None if token == -1 else token  # old files say -1 for none
+
+
+def _content(name: str, token: Any) -> str | None:
     """The text of a special token, spelled as a string or as an object."""
-    return token.get("content") if isinstance(token, Mapping) else token
+    content = token.get("content") if isinstance(token, Mapping) else token
+    if content is not None and not _is_text(content):
+        raise _wrong(f"{name} of tokenizer_config.json or special_tokens_map.json", token)
+    return content
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, declared: Mapping[str, Any]) -> None:
+def _add_tokens(backend: tokenizers.Tokenizer, declared: Any) -> None:
     """Bring the added tokens of tokenizer_config.json into the tokenizer, as transformers does."""
     known = {i: repr(token) for i, token in backend.get_added_tokens_decoder().items()}
-    for index, fields in sorted((int(i), fields) for i, fields in declared.items()):
-        token = tokenizers.AddedToken(**fields)
+    try:
+        tokens = {int(i): tokenizers.AddedToken(**fields) for i, fields in declared.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        what = f"added_tokens_decoder of tokenizer_config.json ({error!s:.100})"
+        raise _wrong(what, declared) from error
+    for index, token in sorted(tokens.items()):
         if known.get(index) != repr(token):
             backend.add_tokens([token])
         if backend.token_to_id(token.content) != index:
@@ -299,7 +306,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is not valid JSON ({error}); copy it again") from error
     if not isinstance(content, dict):
         raise TokenizerError(f"{path} does not hold a JSON object; copy it again")
@@ -315,15 +322,23 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
 
 def _read_templates(directory: Path, configured: Any) -> dict[str, str]:
     """Chat templates by name; files win over tokenizer_config.json."""
-    if isinstance(configured, list):
-        templates = {entry["name"]: entry["template"] for entry in configured}
-    else:
-        templates = {"default": configured} if configured else {}
+    named = configured or []
+    if not isinstance(named, list):
+        named = [{"name": "default", "template": named}]
+    keys = ("name", "template")
+    for entry in named:
+        if not isinstance(entry, dict) or not all(_is_text(entry.get(k)) for k in keys):
+            raise _wrong("an entry of tokenizer_config.json's chat_template", entry)
+    templates = {entry["name"]: entry["template"] for entry in named}
     files = {path.stem: path for path in (directory / "chat_templates").glob("*.jinja")}
     if (directory / "chat_template.jinja").is_file():
         files["default"] = directory / "chat_template.jinja"
     if files:
-        templates = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+        try:
+            templates = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+        except UnicodeError as error:
+            message = f"a chat template of {directory} is not UTF-8 ({error}); copy it again"
+            raise TokenizerError(message) from error
     return templates
 
 

@@ -8,10 +8,10 @@ import dataclasses
 
 import hypothesis
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax import devices
 from moejax.config import ModelConfig, Rope, RouterRule
 from moejax.layout import DTYPES, aligned_empty
 from moejax.models.shapes import parameter_shapes
@@ -66,12 +66,12 @@ class Built:
 def build(config: ModelConfig, dtype: str = "float32", seed: int = 0) -> Built:
     """Random weights of unit gain for a config."""
     rng = np.random.default_rng(seed)
-    params: dict = {}
+    flat = {}
     for path, shape in parameter_shapes(config).items():
         group, name = path.split("/")
         scale = 1.0 if len(shape) == 1 or group == "norms" else shape[-1] ** -0.5
         values = rng.normal(size=shape) * scale + (group == "norms" or "norm" in name)
-        params.setdefault(group, {})[name] = jnp.asarray(values, dtype)
+        flat[path] = values.astype(DTYPES[dtype])
     layout = config.record_layout(dtype)
     ids = config.num_moe_layers * config.num_experts
     records = aligned_empty((ids, layout.elements), layout.bits)
@@ -80,7 +80,7 @@ def build(config: ModelConfig, dtype: str = "float32", seed: int = 0) -> Built:
         view = layout.view(records, part)
         view[:] = (rng.normal(size=view.shape) * view.shape[-1] ** -0.5 * 2).astype(DTYPES[dtype])
     store = ExpertStore(records=jax.device_put(records), layout=layout)
-    return Built(Decoder(config, dtype), policy("lru"), params, store)
+    return Built(Decoder(config, dtype), policy("lru"), devices.dense_params(flat), store)
 
 
 @pytest.fixture(scope="session")
@@ -92,3 +92,10 @@ def small() -> Built:
 def third_party():
     """A policy as another package would provide it."""
     return dataclasses.replace(policy("lru"), capacity=3)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Free a module's compiled programs: each holds memory maps, and Linux allows 65530 of them."""
+    yield
+    jax.clear_caches()

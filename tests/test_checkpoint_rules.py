@@ -1,4 +1,6 @@
 import dataclasses
+import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +85,53 @@ def test_thousands_of_missing_tensors_stay_readable_and_every_pattern_is_named()
         f"missing: {expert}{part}.weight (600 tensors, "
         f"first: model.layers.0.mlp.experts.0.{part}.weight)"
         for part in ("gate_proj", "up_proj", "down_proj")
+    ]
+
+
+def absurd(fused):
+    """A model that claims a million experts, and the few tensors of a small file."""
+    model = Model(moe=(True,) * 16, experts=2**16, fused=fused)
+    _, tensors = checkpoint(moe=(True,) * 16, experts=2, fused=fused)
+    return model, {name: t for name, t in tensors.items() if not name.endswith("mlp.gate.weight")}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_claim_of_a_million_experts_costs_little(fused):
+    model, tensors = absurd(fused)
+    tracemalloc.start()
+    started = time.process_time()
+    lines = problems(tensors, model)
+    seconds, peak = time.process_time() - started, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert seconds < 1 and peak < 4e6
+    layer = "model.layers.{layer}.mlp."
+    router = f"missing: {layer}gate.weight (16 tensors, first: model.layers.0.mlp.gate.weight)"
+    if fused:
+        count = "(16 tensors, first: model.layers.0.mlp.experts."
+        assert lines == [
+            f"shape: {layer}experts.gate_up_proj {count}gate_up_proj "
+            "is [2, 10, 8], needs [65536, 10, 8])",
+            f"shape: {layer}experts.down_proj {count}down_proj is [2, 8, 5], needs [65536, 8, 5])",
+            router,
+        ]
+    else:
+        assert lines == [router] + [
+            f"missing: {layer}experts.{{expert}}.{part}.weight ({16 * (2**16 - 2)} tensors, "
+            f"first: model.layers.0.mlp.experts.2.{part}.weight)"
+            for part in ("gate_proj", "up_proj", "down_proj")
+        ]
+
+
+def test_a_fused_tensor_beside_some_of_its_experts_is_one_duplicate():
+    model, tensors = checkpoint()
+    _, fused = checkpoint(fused=True)
+    for expert in (0, 2):
+        for part in ("gate_proj", "up_proj"):
+            del tensors[f"model.layers.1.mlp.experts.{expert}.{part}.weight"]
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    tensors[name] = fused[name]
+    assert problems(tensors, model) == [
+        f"duplicate: {name} holds the same weights as model.layers.1.mlp.experts.1.gate_proj.weight"
     ]
 
 

@@ -7,9 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moejax import config as config_module
+from moejax.checkpoints.rules import MAX_LAYERS
 from moejax.config import read_config_json
 from moejax.errors import ConfigError, UnsupportedModelError
 from moejax.models import FAMILIES, config_from_hf
+from moejax.models.shapes import stack_index
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 BY_FAMILY = {
@@ -208,6 +211,7 @@ def test_family_options_that_are_refused(family, changes, named):
             "long_factor: 63",
         ),
         ("olmoe", {"head_dim": 127}, "127 channels"),
+        ("olmoe", {"hidden_size": 8}, "0 channels"),
         ("qwen2_moe", {"mlp_only_layers": [-1]}, "mlp_only_layers"),
         ("qwen2_moe", {"mlp_only_layers": ["0"]}, "mlp_only_layers"),
         ("qwen2_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step"),
@@ -223,6 +227,65 @@ def test_family_options_that_are_refused(family, changes, named):
 def test_contradictions_and_wrong_numbers(family, changes, named):
     with pytest.raises(ConfigError, match=named):
         config_from_hf(of_family(family, **changes))
+
+
+NAN, INF = float("nan"), float("inf")
+HALF = [1.0] * 64  # as many as OLMoE has frequencies
+LONG = {"type": "longrope", "short_factor": HALF, "long_factor": HALF}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "named"),
+    [
+        *(({"type": "yarn", "factor": 2.0, "beta_fast": v}, "beta_fast") for v in (0, -1, NAN)),
+        *(
+            ({"type": "yarn", "factor": 2.0, "beta_slow": v}, "beta_slow")
+            for v in (0.0, -1, 1e-310)
+        ),
+        *(({"type": "yarn", "factor": 2.0, "rope_theta": v}, "rope_theta") for v in (1, 0.5, 0)),
+        *(({"type": "yarn", "factor": 2.0, "mscale": v}, "mscale is") for v in (-1, INF)),
+        *(({"type": "yarn", "factor": 2.0, "mscale_all_dim": v}, "mscale_all") for v in (-1, NAN)),
+        *(
+            ({"type": "yarn", "factor": 2.0, "attention_factor": v}, "attention_factor")
+            for v in (0, -1.0, NAN)
+        ),
+        *(
+            ({"type": kind, "factor": v}, "factor is")
+            for kind in ("linear", "dynamic", "yarn", "llama3")
+            for v in (0, -1, NAN, INF)
+        ),
+        *(({"type": "default", "rope_theta": v}, "rope_theta") for v in (0, -1, NAN, INF, -INF)),
+        ({"type": "yarn", "original_max_position_embeddings": NAN}, "original_max_position"),
+        (LONG | {"original_max_position_embeddings": 1}, "1 original positions"),
+        (LONG | {"factor": INF}, "factor is"),
+        (LONG | {"attention_factor": 0.0}, "attention_factor"),
+        *(
+            (LONG | {name: numbers}, name)
+            for name in ("short_factor", "long_factor")
+            for numbers in ([], HALF[:63], [*HALF, 1.0], [*HALF[:63], NAN], [*HALF[:63], None])
+        ),
+    ],
+)
+def test_rope_numbers_that_no_rope_can_have(scaling, named):
+    changes = {"rope_theta": None} if "rope_theta" in scaling else {}
+    with pytest.raises(ConfigError, match=named):
+        config_from_hf(of_family("olmoe", rope_scaling=scaling, **changes))
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        *((family, name) for family in FAMILIES for name in ("rms_norm_eps", "rope_theta")),
+        ("olmoe", "clip_qkv"),
+        ("deepseek_v2", "routed_scaling_factor"),
+    ],
+)
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "-1e-6", "0", "1e-400"])
+def test_numbers_of_a_file_are_positive_and_finite(family, name, number, tmp_path):
+    text = json.dumps(of_family(family, rope_scaling=None) | {name: "?"})
+    (tmp_path / "config.json").write_text(text.replace('"?"', number))
+    with pytest.raises(ConfigError, match=f"{name} is [^b]"):
+        config_from_hf(read_config_json(tmp_path))
 
 
 def test_unknown_family_and_missing_type():
@@ -258,6 +321,25 @@ def test_layers_with_experts():
     sparse = {"decoder_sparse_step": 2, "mlp_only_layers": [3]}
     config = config_from_hf(of_family("qwen2_moe", num_hidden_layers=6, **sparse))
     assert (config.moe_layers, config.dense_layers) == ((1, 5), (0, 2, 3, 4))
+
+
+def test_stack_indices_count_the_layers_of_their_kind():
+    sparse = {"decoder_sparse_step": 2, "mlp_only_layers": [3]}
+    index = stack_index(config_from_hf(of_family("qwen2_moe", num_hidden_layers=6, **sparse)))
+    found = {g: [index(f"{g}/x", i) for i in range(7)] for g in ("norms", "mlp", "experts")}
+    assert found == {
+        "norms": [0, 1, 2, 3, 4, 5, None],
+        "mlp": [0, None, 1, 2, 3, None, None],
+        "experts": [None, 0, None, None, None, 1, None],
+    }
+    assert index("moe/router", 5) == index("shared/down", 5) == 1
+
+
+def test_the_most_layers_are_those_that_a_checkpoint_is_probed_for():
+    assert not hasattr(config_module, "MAX_LAYERS")
+    assert config_from_hf(of_family("olmoe", num_hidden_layers=MAX_LAYERS)).moe_layers[-1] == 1023
+    with pytest.raises(ConfigError, match=f"num_hidden_layers.*1 to {MAX_LAYERS}"):
+        config_from_hf(of_family("olmoe", num_hidden_layers=MAX_LAYERS + 1))
 
 
 def test_context_of_scaled_ropes():

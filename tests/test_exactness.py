@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from moejax import decode
 from moejax.placement import HostAll
+from moejax.state import pytree, static
 
 CONTEXT = 128
 
@@ -118,6 +119,43 @@ def test_capacity_may_shrink_and_grow_while_running(model):
         logits = out.logits
         assert np.array_equal(np.asarray(logits), whole[i + 1])
         check_tables(state.experts.residency)
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize("capacity", [-3, 0, 1, 4])
+def test_any_capacity_ends(model, capacity, per_layer):
+    prompts = prompts_of(9, 1)
+    policy = dataclasses.replace(model.policy, capacity=jnp.int32(capacity))
+    whole, _ = run(model, prompts, 3, slots=16)
+    some, _ = run(model, prompts, 3, slots=10, policy=policy, per_layer=per_layer)
+    assert np.array_equal(whole, some)
+
+
+@pytree
+class Stubborn:
+    """Every expert is worth as much as a key can say."""
+
+    value: float = static()
+
+    def init(self, num_layers, num_experts):
+        return jnp.full(num_layers * num_experts, self.value)
+
+    def observe(self, memory, access):
+        return memory
+
+    def keys(self, memory, layer):
+        return memory
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 2**31 - 1])
+def test_keys_at_the_end_of_their_range(model, value):
+    prompts = prompts_of(10, 1)
+    policy = dataclasses.replace(model.policy, evictor=Stubborn(value=value))
+    whole, _ = run(model, prompts, 3, slots=16)
+    some, traces = run(model, prompts, 3, slots=6, policy=policy, per_layer=True)
+    assert np.array_equal(whole, some)
+    for trace in traces:
+        assert (np.asarray(trace.fetched) == np.asarray(trace.needed - trace.hits)).all()
 
 
 def check_tables(residency):

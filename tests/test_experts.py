@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from moejax import decode, experts, residency
 from moejax.config import RouterRule
 from moejax.errors import BudgetError, PolicyError
-from moejax.eviction import LRU
+from moejax.eviction import CLOCK_LIMIT, LRU, Access
 from moejax.policy import Policy, policy, policy_names
 from moejax.routing import Routing, TopK
 
@@ -118,6 +118,30 @@ def test_lru_equals_a_plain_simulator(slots, seed, tokens):
             assert (int(hits), int(fetched)) == plain.layer((layer * 8 + picks).ravel().tolist())
             resident = {int(e) for e in np.asarray(tables.owner) if e >= 0}
             assert resident == set(plain.order)
+
+
+def test_the_clock_is_set_back_before_it_wraps():
+    lru = LRU()
+    memory = lru.init(1, 4)
+    near = CLOCK_LIMIT - 3
+    memory = dataclasses.replace(
+        memory, clock=jnp.int32(near), last_used=jnp.array([near - 1, 5, -1, near - 2], jnp.int32)
+    )
+    for expert in (1, 2, 1):
+        order = np.argsort(lru.keys(memory, jnp.int32(0)), kind="stable")
+        used = jnp.arange(4) == expert
+        access = Access(
+            layer=jnp.int32(0),
+            scores=jnp.zeros((1, 4)),
+            needed=used,
+            tokens=used.astype(jnp.int32),
+            last_use=jnp.where(used, 1, -1),
+            valid=jnp.ones(1, bool),
+        )
+        memory = lru.observe(memory, access)
+        after = np.argsort(lru.keys(memory, jnp.int32(0)), kind="stable")
+        assert after.tolist() == [e for e in order if e != expert] + [expert]
+        assert 0 <= int(memory.clock) < CLOCK_LIMIT
 
 
 @jax.jit

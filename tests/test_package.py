@@ -23,8 +23,8 @@ GROUPS = {
     ),
     "analysis": "trace cost plan simulate metrics plots",
     "edges": (
-        "allocator devices hub orbax_directory runtime session describe doctor terminal commands "
-        "conversation evaluate bench cli __main__"
+        "allocator devices hub orbax_directory runtime loading session describe doctor terminal "
+        "commands conversation evaluate bench cli __main__"
     ),
 }
 LEVEL = {name: i for i, names in enumerate(GROUPS.values()) for name in names.split()}

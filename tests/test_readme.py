@@ -82,3 +82,8 @@ def test_a_failing_line_fails_its_block(tmp_path):
     assert run("bash", "false\ntrue", tmp_path).returncode != 0
     assert run("bash", "false | true", tmp_path).returncode != 0
     assert run("python", "import warnings; warnings.warn('x')", tmp_path).returncode != 0
+
+
+def test_tables_come_from_the_results():
+    done = run("bash", f"cd {ROOT} && python -m experiments.tables --check", ROOT)
+    assert done.returncode == 0, done.stderr

@@ -57,6 +57,31 @@ PARAMETERS = st.one_of(
 )
 
 
+EDGES = [
+    {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0 + 1e-9, "beta_slow": 1e-29},
+    {"rope_type": "yarn", "factor": 1e-30, "mscale": 0.0, "mscale_all_dim": 1e30},
+    {"rope_type": "yarn", "factor": 1e30, "beta_fast": 1e30, "truncate": False},
+    {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": 2,
+        "short_factor": [1e-30] * (HEAD // 2),
+        "long_factor": [1e30] * (HEAD // 2),
+    },
+    {"rope_type": "linear", "factor": 1e-30},
+    {"rope_type": "llama3", "factor": 1e30, "low_freq_factor": 1e-30, "high_freq_factor": 1e30},
+    {"rope_type": "default", "rope_theta": 1e-30},
+    {"rope_type": "default", "rope_theta": 1e30},
+]
+
+
+@pytest.mark.parametrize("parameters", EDGES)
+def test_what_is_accepted_can_be_computed(parameters):
+    rope = rope_of(parameters)
+    cos, sin = cos_sin(rope, jnp.zeros((1, 1), jnp.int32), lengths(200))
+    assert jnp.isfinite(inverse_frequencies(rope, lengths(200))).all()
+    assert jnp.isfinite(cos).all() and jnp.isfinite(sin).all()
+
+
 def rope_of(parameters: dict, dim: int = HEAD) -> Rope:
     return rope_from(Fields({"rope_parameters": parameters}), dim, MAX_POSITIONS, 10000.0)
 

@@ -1,9 +1,11 @@
 """The Python surface: load, generate, stream, logits, sessions, and what they refuse."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from cli_models import damage, write_model
 from conftest import small_config
 
 import moejax
-from moejax import decode, devices, units
+from moejax import decode, devices, generate, units
 from moejax.checkpoints import convert
 from moejax.errors import (
     BudgetError,
@@ -24,9 +26,11 @@ from moejax.errors import (
     TokenizerError,
     UnsupportedModelError,
 )
+from moejax.generate import generate_step
 from moejax.layout import aligned_empty
 from moejax.models.family import weight_map
 from moejax.models.qwen3_moe import FAMILY
+from moejax.placement import HostAll
 from moejax.session import Session
 
 
@@ -79,7 +83,7 @@ def test_stats_add_up(runtime):
     missed = stats.needed - stats.hits + stats.prefill_needed - stats.prefill_hits
     assert stats.fetched == missed
     assert stats.bytes_moved == missed * runtime.store.layout.stride
-    assert stats.exact and stats.replaced_mass == 0
+    assert stats.label == "bit-exact" and stats.replaced_mass == 0
     assert stats.ttft > 0 and stats.tpot > 0
     json.dumps(stats.as_dict())
 
@@ -91,6 +95,24 @@ def test_seeds_and_batch_positions(runtime):
     other = runtime.generate([[7, 8]], 8, settings, seed=4)
     assert one == again
     assert one != other
+
+
+def test_fetches_that_are_only_counted_say_so(directory):
+    plain = moejax.load(directory, slots=5, context=128)
+    virtual = moejax.load(directory, slots=5, context=128, virtual=True)
+    for runtime in (plain, virtual):
+        runtime.generate([[1, 2, 3]], 5, {"temperature": 0.0})
+    assert virtual.stats.fetched == plain.stats.fetched > 0
+    assert (plain.stats.virtual, virtual.stats.virtual) == (False, True)
+
+
+def test_host_experts_are_counted(directory):
+    policy = dataclasses.replace(moejax.load(directory).policy, placement=HostAll())
+    runtime = moejax.load(directory, slots=5, context=128, policy=policy)
+    runtime.generate([[1, 2, 3]], 5, {"temperature": 0.0})
+    stats = runtime.stats
+    assert stats.host == stats.needed + stats.prefill_needed > 0
+    assert stats.fetched == 0
 
 
 def test_stop_tokens_and_strings_end_a_sequence(runtime):
@@ -134,6 +156,47 @@ def test_a_session_prefills_a_shared_prefix_once(runtime):
     assert answer == session.messages[-1]["content"]
 
 
+def test_a_session_survives_failures(runtime, monkeypatch):
+    session = Session(runtime)
+    list(session.send("one", 6, {"temperature": 0.0}))
+    before = list(session.messages)
+    with pytest.raises(InputError, match="temperature"):
+        list(session.send("two", 6, {"temperature": -1.0}))
+    list(session.send("two", 6, {"temperature": 0.0}))
+    assert session.reused_tokens > 10
+    want = session.messages[-1]
+    for after in (0, 2):
+        session.messages = list(before)
+        with monkeypatch.context() as patched:
+            steps = iter([generate.generate_step] * after)
+            patched.setattr(generate, "generate_step", lambda *a, s=steps, **k: broken(s, a, k))
+            with pytest.raises(KeyboardInterrupt):
+                list(session.send("two", 6, {"temperature": 0.0}))
+        assert session.messages == before
+        list(session.send("two", 6, {"temperature": 0.0}))
+        assert session.messages[-1] == want
+
+
+def broken(steps, arguments, options):
+    """A step that is interrupted after it has consumed its state."""
+    step = next(steps, None)
+    if step is not None:
+        return step(*arguments, **options)
+    generate_step(*arguments, **options)
+    raise KeyboardInterrupt
+
+
+def test_an_answer_may_be_left_half_way(runtime):
+    session = Session(runtime)
+    answer = session.send("one", 8, {"temperature": 0.0})
+    next(answer)
+    answer.close()
+    assert session.messages == []
+    assert runtime.stats.new_tokens == 1 and runtime.stats.prompt_tokens > 0
+    list(session.send("one", 8, {"temperature": 0.0}))
+    assert session.reused_tokens > 0
+
+
 def test_a_conversation_that_fills_the_context_is_refused_whole(runtime):
     session = Session(runtime)
     list(session.send("hello", 4))
@@ -144,9 +207,25 @@ def test_a_conversation_that_fills_the_context_is_refused_whole(runtime):
     list(session.send("again", 4))
 
 
-def test_budget_in_bytes(directory):
-    small = moejax.load(directory, device_memory="3MB", context=128)
-    assert small.slots <= small.config.num_moe_layers * small.config.num_experts
+@pytest.mark.parametrize(("batch", "slots"), [(1, 9), (2, 3)])
+def test_budget_in_bytes(directory, batch, slots):
+    whole = moejax.load(directory, context=128)
+    stride, tables = whole.store.layout.stride, 2048
+    fixed = devices.workspace_bytes(whole.model, whole.policy, batch, 128)
+    kept = (whole.params, whole.init_state(batch).kv)
+    fixed += sum(leaf.nbytes for leaf in jax.tree.leaves(kept))
+    memory = fixed + slots * stride + stride // 2
+    small = moejax.load(directory, device_memory=memory, context=128, batch=batch)
+    assert small.slots == slots
+    kept = (small.params, small.init_state(batch))
+    used = sum(leaf.nbytes for leaf in jax.tree.leaves(kept))
+    used += devices.workspace_bytes(small.model, small.policy, batch, 128)
+    assert memory - stride < used < memory + tables
+    with pytest.raises(BudgetError, match=f"load with batch={batch + 1}"):
+        small.generate([[1]] * (batch + 1), 2)
+
+
+def test_budgets_that_are_too_small(directory):
     with pytest.raises(BudgetError, match="dense weights.*KV cache.*workspace.*give at least"):
         moejax.load(directory, device_memory="20kB", context=128)
     with pytest.raises(BudgetError, match="not both"):
@@ -180,7 +259,13 @@ def test_bad_input_is_refused(runtime):
         runtime.generate([[1] * 100], 40)
     with pytest.raises(InputError, match="max_new_tokens"):
         runtime.generate([[1]], 0)
-    for tokens in ([1, 2], [[0.5]], [[-1, 2]], [[10**6]], [[-2]]):
+    for prompt in (None, 5, b"ab", [1.7, 2.2], [True], [["a"]], [2**40], [2**70], [[1], None]):
+        with pytest.raises(InputError):
+            runtime.generate(prompt, 2)
+    for seed in (-1, 2**32, 2**63):
+        with pytest.raises(InputError, match="seed"):
+            runtime.generate([[1]], 2, seed=seed)
+    for tokens in ([1, 2], [[0.5]], [[-1, 2]], [[10**6]], [[-2]], [[2**32 + 5]], np.zeros((0, 3))):
         with pytest.raises(InputError):
             runtime.logits(np.array(tokens))
     with pytest.raises(InputError, match="temperature"):
@@ -192,8 +277,15 @@ def test_bad_loads_are_refused(directory, tmp_path, monkeypatch):
         moejax.load(directory, dtype="float16")
     with pytest.raises(PolicyError, match="known: .*lru"):
         moejax.load(directory, policy="clairvoyant")
-    with pytest.raises(InputError, match="context"):
-        moejax.load(directory, context=10**6)
+    for context in (10**6, 0, -1, 100.5):
+        with pytest.raises(InputError, match="context"):
+            moejax.load(directory, context=context)
+    for slots in (2.5, "5"):
+        with pytest.raises(InputError, match="whole numbers"):
+            moejax.load(directory, slots=slots)
+    limited = moejax.load(directory, slots=5, context=100)
+    with pytest.raises(InputError, match="context of 100"):
+        limited.generate([[1] * 98], 4)
     with pytest.raises(CheckpointError, match="no directory"):
         moejax.load("nowhere at all")
     with pytest.raises(CheckpointError, match="is a file"):
@@ -258,8 +350,10 @@ def test_a_converted_directory_gives_the_same_bits(directory, tmp_path, runtime)
     converted = moejax.load(target, slots=5, context=128)
     tokens = np.arange(40, dtype=np.int32)[None] % runtime.config.vocab_size
     assert np.array_equal(runtime.logits(tokens), converted.logits(tokens))
-    mapped = np.asarray(converted.store.records)
-    assert mapped.ctypes.data % 4096 == 0
+    with open("/proc/self/maps") as maps:
+        spans = [line.split()[0].split("-") for line in maps if "experts.bank" in line]
+    address = converted.store.records.unsafe_buffer_pointer()
+    assert any(int(start, 16) <= address < int(end, 16) for start, end in spans)
 
 
 def test_loading_makes_no_second_copy():
@@ -277,5 +371,6 @@ def test_loading_makes_no_second_copy():
 def test_float32_computes_in_float32(directory):
     runtime = moejax.load(directory, dtype="float32", context=128)
     assert runtime.store.records.dtype == jnp.uint32
-    assert {p.dtype for g in runtime.params.values() for p in g.values()} == {jnp.dtype("float32")}
+    held = {p.dtype.name for g in runtime.params.values() for p in g.values()}
+    assert held == {"float32", "uint32"}
     assert decode.capacity(runtime.init_state()) == 128

@@ -1,12 +1,14 @@
 """The step's promises about programs: one trace per shape, writes in place."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import build, small_config
 
-from moejax import decode
+from moejax import decode, devices
 from moejax.errors import InputError
 
 
@@ -55,6 +57,26 @@ def test_kv_writes_are_in_place(wide):
     assert long_plan.temp_size_in_bytes - short_plan.temp_size_in_bytes < added / 20
 
 
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_dense_weights_are_read_one_layer_at_a_time(tokens):
+    """More layers cost neither scratch memory nor, as XLA counts the body of a loop once, bytes.
+
+    But a chunk is scattered into the KV cache, which XLA counts as reading and writing all of it.
+    """
+
+    def built(layers):
+        config = small_config(num_layers=layers, moe_layers=tuple(range(layers)))
+        return build(dataclasses.replace(config, width=128, num_heads=16), "bfloat16")
+
+    few, many = built(2), built(16)
+    least, most = (devices.dense_bytes(b.config, "bfloat16") for b in (few, many))
+    dense = most - least
+    kv = devices.kv_bytes(many.model, 1, 128) - devices.kv_bytes(few.model, 1, 128)
+    (low, low_plan), (high, high_plan) = (compiled(b, 8, tokens) for b in (few, many))
+    assert high_plan.temp_size_in_bytes - low_plan.temp_size_in_bytes < dense / 20
+    assert high - low < dense / 20 + (2 * kv if tokens > 1 else 0)
+
+
 def test_one_trace_per_shape(small):
     fixed = (small.model, small.policy, small.params, small.store)
     state = decode.init_state(small.model, small.policy, small.store, slots=7, context=128)
@@ -99,6 +121,33 @@ def test_prompts_that_do_not_fit_are_refused(small):
         decode.prefill(*fixed, state, [np.zeros(0, np.int32)])
     with pytest.raises(InputError, match="2 prompts for a state of 1"):
         decode.prefill(*fixed, state, [np.zeros(1, np.int32)] * 2)
+
+
+def test_bad_ids_are_refused(small):
+    fixed = (small.model, small.policy, small.params, small.store)
+    state = decode.init_state(*fixed[:2], small.store, slots=16, context=128)
+    for prompt in ([0, 61], [-1, 2], [1, -1, 2], [2**32 + 1], [2**70], [0.5], [True], ["a"], [[1]]):
+        with pytest.raises(InputError, match="token ids"):
+            decode.prefill(*fixed, state, [prompt])
+
+
+def test_tokens_of_another_shape_are_refused(small):
+    fixed = (small.model, small.policy, small.params, small.store)
+    state = decode.init_state(*fixed[:2], small.store, slots=16, context=128)
+    for shape in ((1,), (2, 1), (1, 0), (1, 1, 1)):
+        with pytest.raises(InputError, match=r"tokens must be \[1, T\]"):
+            decode.decode_step(*fixed, state, np.zeros(shape, np.int32))
+
+
+def test_a_sequence_that_outgrows_the_cache_has_no_numbers(small):
+    fixed = (small.model, small.policy, small.params, small.store)
+    state = decode.init_state(*fixed[:2], small.store, slots=16, batch=2, context=128)
+    state, _, _ = decode.prefill(*fixed, state, [np.zeros(127, np.int32), np.zeros(3, np.int32)])
+    found = []
+    for _ in range(2):
+        state, out = decode.decode_step(*fixed, state, np.ones((2, 1), np.int32))
+        found.append(np.isfinite(np.asarray(out.logits)).all(axis=1).tolist())
+    assert found == [[True, True], [False, True]]
 
 
 def test_nothing_is_written_behind_the_context(small):

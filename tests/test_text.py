@@ -76,7 +76,7 @@ def test_end_of_sequence_ids_are_an_int_or_a_list():
     assert eos_ids_from({"eos_token_id": 2}) == (2,)
     assert eos_ids_from({"eos_token_id": [5, 2]}) == (5, 2)
     assert eos_ids_from({"eos_token_id": None}) == eos_ids_from({}) == ()
-    for bad in ("</s>", [1, "2"], -1, True):
+    for bad in ("</s>", [1, "2"], -1, True, 2**40):
         with pytest.raises(InputError, match="eos_token_id"):
             eos_ids_from({"eos_token_id": bad})
 
@@ -145,6 +145,52 @@ def test_unusable_directories_say_what_to_do(tmp_path):
     write(tmp_path, tokenizer_config="[]")
     with pytest.raises(TokenizerError, match="tokenizer_config.json does not hold"):
         Tokenizer.load(tmp_path)
+
+
+TOKEN = {"content": "<think>", "special": True}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "named"),
+    [
+        ("tokenizer_config", {"added_tokens_decoder": {"x": TOKEN}}, "added_tokens_decoder"),
+        ("tokenizer_config", {"added_tokens_decoder": [TOKEN]}, "added_tokens_decoder"),
+        ("tokenizer_config", {"added_tokens_decoder": {"1": "<think>"}}, "added_tokens_decoder"),
+        ("tokenizer_config", {"added_tokens_decoder": {"1": {"odd": 1}}}, "the id 1"),
+        ("tokenizer_config", {"added_tokens_decoder": {"1": {"content": 5}}}, "added_tokens_dec"),
+        ("tokenizer_config", {"bos_token": 5}, "bos_token"),
+        ("tokenizer_config", {"unk_token": ["<unk>"]}, "unk_token"),
+        ("tokenizer_config", {"eos_token": "\ud800"}, "eos_token"),
+        ("special_tokens_map", {"bos_token": 5}, "bos_token"),
+        ("special_tokens_map", {"pad_token": {"content": 5}}, "pad_token"),
+        ("tokenizer_config", {"chat_template": 5}, "chat_template"),
+        ("tokenizer_config", {"chat_template": {"default": "x"}}, "chat_template"),
+        ("tokenizer_config", {"chat_template": ["x"]}, "chat_template"),
+        ("tokenizer_config", {"chat_template": [{"name": "default"}]}, "chat_template"),
+        ("tokenizer_config", {"chat_template": [{"template": "x"}]}, "chat_template"),
+        ("tokenizer_config", {"chat_template": [{"name": [], "template": "x"}]}, "chat_template"),
+        ("tokenizer_config", "[" * 10**5, "tokenizer_config.json is not valid JSON"),
+        ("generation_config", {"bos_token_id": "x"}, "bos_token_id"),
+        ("generation_config", {"pad_token_id": -2}, "pad_token_id"),
+        ("generation_config", {"pad_token_id": 2**40}, "pad_token_id"),
+        ("config", {"bos_token_id": [1]}, "bos_token_id"),
+    ],
+)
+def test_odd_values_in_the_files_say_what_to_do(file, content, named, directory):
+    write(directory, **{"tokenizer_config": {}, file: content})
+    with pytest.raises(TokenizerError, match=f"{named}.*copy .* again"):
+        Tokenizer.load(directory)
+
+
+def test_an_id_of_minus_one_is_none(directory):
+    write(directory, tokenizer_config={}, generation_config={"pad_token_id": -1})
+    assert Tokenizer.load(directory).pad_id is None
+
+
+def test_a_template_that_is_not_text_is_refused(directory):
+    (directory / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(TokenizerError, match="not UTF-8.*copy it again"):
+        Tokenizer.load(directory)
 
 
 def test_a_sentencepiece_model_is_converted_or_the_way_out_is_named(tmp_path):

@@ -86,7 +86,7 @@ def weight_map(config: ModelConfig, rules: tuple[Rule, ...], dtype: str) -> Weig
     return WeightMap(
         rules=rules,
         specs=specs,
-        stack_index=lambda path, layer: stack_index(config, path, layer),
+        stack_index=stack_index(config),
         layout=config.record_layout(dtype) if config.moe_layers else None,
         expert_layers=config.num_moe_layers,
         experts=config.num_experts,

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
-from moejax.config import MAX_EXPERTS, MAX_LAYERS, MAX_SIZE, Fields, Rope
+from moejax.checkpoints.rules import MAX_LAYERS
+from moejax.config import MAX_EXPERTS, MAX_SIZE, Fields, Rope
 from moejax.errors import ConfigError, UnsupportedModelError
 
 ROPE_KEYS = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
@@ -138,7 +139,7 @@ def rope_from(
     inner = Fields(_rope_values(fields), "config.json: rope_parameters")
     kind = inner.get("rope_type", "type", default="default", kind=str)
     inner.expect("partial_rotary_factor", 1)
-    if dim % 2 or kind == "dynamic" and dim == 2:
+    if dim < 2 or dim % 2 or kind == "dynamic" and dim == 2:
         raise ConfigError(f"config.json: {dim} channels cannot be rotated")
     if kind not in _OPTIONS:
         raise UnsupportedModelError(f"config.json: rope type {kind!r:.80} is not supported")
@@ -152,9 +153,14 @@ def rope_from(
         factor = inner.number("factor")
     elif kind in ("yarn", "longrope"):
         factor = inner.number("factor", default=max_positions / original)
-        attention_factor = inner.get("attention_factor", default=None, kind=float)
+        attention_factor = inner.number("attention_factor", default=None)
     options = _OPTIONS[kind](inner, dim)
     theta = inner.number("rope_theta", default=theta)
+    if kind == "yarn" and theta <= 1 or kind == "longrope" and original <= 1:
+        raise ConfigError(
+            f"config.json: rope_theta {theta:g} over {original} original positions, {kind} needs "
+            "more than 1"
+        )
     inner.finish()
     return Rope(
         dim=dim,
@@ -182,15 +188,17 @@ def _rope_values(fields: Fields) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for place in places:
         for name, value in place.items():
-            if value is not None and values.setdefault(name, value) != value:
+            if value is not None and name in values and values[name] != value:
                 raise ConfigError(f"config.json: {name} is both {values[name]!r} and {value!r}")
+            if value is not None:
+                values[name] = value
     return values
 
 
 def _yarn(inner: Fields, dim: int) -> dict[str, Any]:
-    names = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-    numbers = {name: inner.get(name, default=None, kind=float) for name in names}
-    return {**numbers, "truncate": inner.get("truncate", default=None, kind=bool)}
+    betas = {name: inner.number(name, default=None) for name in ("beta_fast", "beta_slow")}
+    scales = {n: inner.number(n, default=None, least=0.0) for n in ("mscale", "mscale_all_dim")}
+    return {**betas, **scales, "truncate": inner.get("truncate", default=None, kind=bool)}
 
 
 def _llama3(inner: Fields, dim: int) -> dict[str, Any]:
@@ -206,8 +214,8 @@ def _longrope(inner: Fields, dim: int) -> dict[str, Any]:
     options = {}
     for name in ("short_factor", "long_factor"):
         given = inner.get(name, kind=list)
-        listed = Fields(dict(enumerate(given)), f"config.json: {name}")
-        options[name] = tuple(listed.number(i) for i in range(len(given)))
+        listed = Fields({str(i): v for i, v in enumerate(given)}, f"config.json: {name}")
+        options[name] = tuple(listed.number(str(i)) for i in range(len(given)))
         if len(given) != dim // 2:
             raise ConfigError(f"config.json: {len(given)} of {name} for {dim // 2} frequencies")
     return options

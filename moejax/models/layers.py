@@ -36,11 +36,13 @@ einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def at(weights: Weights, layer: jax.Array) -> Weights:
-    """The weights of one layer."""
-    return {
-        name: jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
-        for name, stack in weights.items()
-    }
+    """The weights of one layer, from stacks of bits."""
+
+    def slice_one(stack: jax.Array) -> jax.Array:
+        bits = jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+        return jax.lax.bitcast_convert_type(bits, jnp.dtype(bits_dtype(bits)))
+
+    return {name: slice_one(stack) for name, stack in weights.items()}
 
 
 def affine(x: jax.Array, weights: Weights, name: str) -> jax.Array:
@@ -75,7 +77,7 @@ def write_rows(cache: jax.Array, layer: jax.Array, rows: jax.Array, span: Span) 
 
 
 def bits_dtype(bits: jax.Array) -> str:
-    """Name of the float type behind a cache's bits."""
+    """Name of the float type behind bits."""
     return next(name for name, unsigned in BITS.items() if unsigned == bits.dtype)
 
 
@@ -93,7 +95,8 @@ def attend(
     window = jnp.where(window > 0, window, jnp.iinfo(jnp.int32).max)
     oldest = jnp.where(span.valid, span.positions - window + 1, jnp.iinfo(jnp.int32).max)
     first = jnp.clip(oldest.min() // KV_BLOCK, 0)
-    last = -(-span.length.max() // KV_BLOCK)
+    active = jnp.where(span.valid.any(axis=1), span.length, 0)  # finished sequences attend to none
+    last = -(-active.max() // KV_BLOCK)
 
     def block(i: jax.Array, carry: tuple) -> tuple:
         best, mass, out = carry

@@ -51,7 +51,7 @@ def _yarn_kept(rope: Rope, options: dict) -> np.ndarray:
         wavelengths = rope.original_max_positions / (turns * 2 * math.pi)
         return rope.dim * math.log(wavelengths) / (2 * math.log(rope.theta))
 
-    low, high = channel(options.get("beta_fast") or 32.0), channel(options.get("beta_slow") or 1.0)
+    low, high = channel(options.get("beta_fast", 32.0)), channel(options.get("beta_slow", 1.0))
     if options.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.dim - 1)

@@ -1,6 +1,11 @@
 """Names and shapes of a model's dense parameters: declared once, used to load, restore and plan."""
 
+from collections.abc import Callable
+
+import numpy as np
+
 from moejax.config import ModelConfig
+from moejax.layout import BITS, DTYPES
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -74,13 +79,27 @@ def latent_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def stack_index(config: ModelConfig, path: str, layer: int) -> int | None:
-    """Where a layer stands in the stack of `path`; None if that layer has no such parameter."""
-    group = path.split("/")[0]
-    sparse = config.moe_layers
-    layers = {"mlp": config.dense_layers, "moe": sparse, "shared": sparse, "experts": sparse}
-    members = layers.get(group, tuple(range(config.num_layers)))
-    return members.index(layer) if layer in members else None
+def is_stacked(path: str) -> bool:
+    """Whether the parameters of a group (or the one at `path`) are stacks over layers."""
+    return path.split("/")[0] not in ("embed", "final_norm", "head")
+
+
+def held_dtype(path: str, dtype: str) -> np.dtype:
+    """Type in which a parameter of `dtype` is held on the device: stacks are bits.
+
+    XLA's CPU backend would convert a whole bf16 stack to f32 before the loop over layers.
+    """
+    return (BITS if is_stacked(path) else DTYPES)[dtype]
+
+
+def stack_index(config: ModelConfig) -> Callable[[str, int], int | None]:
+    """The function that tells where a layer stands in the stack of a path, None if it does not."""
+    every, dense, sparse = (
+        {layer: index for index, layer in enumerate(layers)}
+        for layers in (range(config.num_layers), config.dense_layers, config.moe_layers)
+    )
+    groups = {"mlp": dense, "moe": sparse, "shared": sparse, "experts": sparse}
+    return lambda path, layer: groups.get(path.split("/")[0], every).get(layer)
 
 
 def _ffn(group: str, layers: int, width: int, hidden: int) -> dict[str, tuple[int, ...]]:

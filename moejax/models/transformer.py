@@ -10,16 +10,19 @@ import jax.numpy as jnp
 from moejax import experts as expert_layer
 from moejax.config import ModelConfig
 from moejax.kernels import linear, swiglu
+from moejax.layout import BITS
 from moejax.models.latent import latent_attention
 from moejax.models.layers import Span, Weights, at, grouped_query_attention, rms_norm
 from moejax.models.rope import cos_sin
-from moejax.models.shapes import parameter_shapes
+from moejax.models.shapes import is_stacked, parameter_shapes
 from moejax.policy import Policy
 from moejax.state import DecodeState, ExpertStore, StepOutput, StepTrace
 
+_normal = nn.initializers.normal(0.02)
+
 
 class Stack(nn.Module):
-    """The parameters of one kind of sublayer, stacked over layers."""
+    """The parameters of one kind of sublayer, stacked over layers: then held as bits."""
 
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     dtype: str
@@ -27,8 +30,12 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self) -> Weights:
         """The parameters by name."""
-        init = nn.initializers.normal(0.02)
+        init = _normal_bits if is_stacked(self.name) else _normal
         return {n: self.param(n, init, shape, self.dtype) for n, shape in self.shapes}
+
+
+def _normal_bits(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    return jax.lax.bitcast_convert_type(_normal(key, shape, dtype), BITS[dtype])
 
 
 class Decoder(nn.Module):
@@ -81,7 +88,11 @@ class Decoder(nn.Module):
         x, kv, cache, memory = carry
         state = DecodeState(kv=kv, experts=cache, policy=memory, length=span.length)
         trace = jax.tree.map(lambda *parts: jnp.concatenate(parts), *traces) if traces else None
-        return state, StepOutput(logits=_logits(config, weights, x, span, all_logits), trace=trace)
+        logits = _logits(config, weights, x, span, all_logits)
+        # Positions beyond the KV cache were not written: better no numbers than wrong ones.
+        full = span.length > jax.tree.leaves(kv)[0].shape[2]
+        logits = jnp.where(full.reshape(-1, *[1] * (logits.ndim - 1)), jnp.nan, logits)
+        return state, StepOutput(logits=logits, trace=trace)
 
 
 def _span(config: ModelConfig, length: jax.Array, tokens: jax.Array) -> Span:
@@ -153,7 +164,7 @@ def moe_layer(
     scores: bool,
 ) -> tuple[jax.Array, object, object, StepTrace]:
     """Router, experts under the policy, and the shared expert: [N, D] f32."""
-    router = jax.lax.dynamic_index_in_dim(weights["moe"]["router"], layer, keepdims=False)
+    router = at(weights["moe"], layer)["router"]
     logits = jax.lax.dot_general(
         x,
         router.astype(jnp.float32),
