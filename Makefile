@@ -18,6 +18,9 @@ FIND_PYTHON = for p in $(PYTHON) python3 python python3.14 python3.13 python3.12
 	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null \
 	&& { echo "$$p"; break; }; done
 
+# Copied, not linked: an editable install is shadowed in the folder that holds the clone.
+SOURCES := $(shell find moejax kernels checkpoints -type f -not -name '*.pyc')
+
 .PHONY: demo test lint clean
 .SILENT: $(BIN)/python
 
@@ -32,7 +35,7 @@ lint: $(VENV)/tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-$(VENV)/core: pyproject.toml | $(BIN)/python
+$(VENV)/core: pyproject.toml $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install .
 	@touch $@
 

@@ -64,7 +64,8 @@ def generate(
         with terminal.status("generating"):
             completions = runtime.generate(prompts, max_new_tokens, sampling, **options)
         if as_json:
-            print_json(_as_document(runtime, prompts, completions))
+            settings = {"max_new_tokens": max_new_tokens, "sampling": sampling, **options}
+            print_json(_as_document(runtime, prompts, completions, settings))
         else:
             for i, completion in enumerate(completions):
                 print(f"[{i + 1}] {completion.text}")
@@ -78,7 +79,9 @@ def generate(
     show_stats(terminal, runtime)
 
 
-def _as_document(runtime: Any, prompts: list[str], completions: list) -> dict[str, Any]:
+def _as_document(
+    runtime: Any, prompts: list[str], completions: list, settings: dict[str, Any]
+) -> dict[str, Any]:
     from moejax.doctor import environment
 
     results = [
@@ -95,10 +98,19 @@ def _as_document(runtime: Any, prompts: list[str], completions: list) -> dict[st
     ]
     return {
         "model": str(runtime.directory),
+        "settings": settings | {"policy": _policy_document(runtime.policy)},
         "completions": results,
         "stats": stats_document(runtime),
         "environment": environment(),
     }
+
+
+def _policy_document(policy: Any) -> dict[str, Any] | None:
+    if policy is None:
+        return None
+    parts = {name: getattr(policy, name) for name in ("router", "evictor", "placement")}
+    names = {name: type(part).__name__ for name, part in parts.items()}
+    return names | {"capacity": int(policy.capacity)}
 
 
 def stats_document(runtime: Any) -> dict[str, Any]:
@@ -139,7 +151,7 @@ def stats_rows(runtime: Any) -> list[tuple[str, str]]:
 
 def _label(stats: Any) -> str:
     return {
-        "bit-exact": "bit-exact: this policy gives the bits of the fully resident run",
+        "bit-exact": "bit-exact: the bits of the fully resident run",
         "faithful": "faithful: the model's own routing and experts",
         "lossy": f"lossy: {stats.replaced_mass:.3g} of router weight went to stand-ins",
     }[stats.label]

@@ -36,6 +36,14 @@ def ok(*arguments, stdin=None):
     return result
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C works, also where the tests run in the background of a shell that ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def start(*arguments, **options):
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
     return subprocess.Popen([sys.executable, "-m", "moejax", *map(str, arguments)], **options)
