@@ -30,7 +30,7 @@ def residency(report: dict) -> list[str]:
     return [
         *lines,
         "",
-        f"{environment['cpu']}, {environment['cores']} cores, Python {environment['python']}, JAX "
+        f"{environment['cpu']}, {environment['cpus']} cores, Python {versions['python']}, JAX "
         f"{versions['jax']}; `{report['command']}`.",
     ]
 
