@@ -52,8 +52,6 @@ def run(language, text, folder):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_blocks_of_a_page_run(page, tmp_path):
-    if not (ROOT / "checkpoints" / "tiny" / "config.json").is_file():
-        pytest.skip("the embedded model is not in the tree yet")
     for language, text in blocks(page):
         done = run(language, text, tmp_path)
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
