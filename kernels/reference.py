@@ -1,10 +1,15 @@
 """The hot path in plain XLA: defines the semantics and runs everywhere."""
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from moejax.layout import DTYPES, RecordLayout
+
+MAX_BLOCK = 32  # tokens that share one read of an expert's weights
 
 
 def expert_weights(layout: RecordLayout, record: jax.Array) -> dict[str, jax.Array]:
@@ -36,33 +41,116 @@ def swiglu(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
     return linear(jax.nn.silu(gate) * up, down)
 
 
-def expert_rows(
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """The picks of a layer, grouped into blocks of M tokens of one expert each."""
+
+    expert: jax.Array  # [NB] i32, expert of the layer, -1 = unused block
+    tokens: jax.Array  # [NB, M] i32
+    block_of: jax.Array  # [N, K] i32
+    row_of: jax.Array  # [N, K] i32
+
+
+def block_size(tokens: int, top_k: int, experts: int) -> int:
+    """M: the mean picks per expert, rounded up to a power of two; depends on static shapes only."""
+    mean = max(1, tokens * top_k // experts)
+    return min(MAX_BLOCK, 1 << (mean - 1).bit_length())
+
+
+def plan(picks: jax.Array, experts: int) -> Blocks:
+    """Group picks [N, K] (-1 = none) by expert; independent of what is resident."""
+    n, k = picks.shape
+    size = block_size(n, k, experts)
+    limit = min(n * k, math.ceil(n * k / size) + min(experts, n * k))
+    flat = jnp.where(picks >= 0, picks, experts).reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    sorted_expert = flat[order]
+    counts = jnp.zeros(experts + 1, jnp.int32).at[flat].add(1)
+    first_pick = jnp.cumsum(counts) - counts
+    blocks = -(-counts // size)
+    first_block = jnp.cumsum(blocks) - blocks
+    rank = jnp.arange(n * k, dtype=jnp.int32) - first_pick[sorted_expert]
+    real = sorted_expert < experts
+    block = jnp.where(real, first_block[sorted_expert] + rank // size, limit)
+    row = rank % size
+    unsorted = jnp.zeros_like(order).at[order].set(jnp.arange(n * k))
+    return Blocks(
+        expert=jnp.full(limit, -1, jnp.int32).at[block].set(sorted_expert, mode="drop"),
+        tokens=jnp.zeros((limit, size), jnp.int32)
+        .at[block, row]
+        .set((order // k).astype(jnp.int32), mode="drop"),
+        block_of=jnp.minimum(block[unsorted], limit - 1).reshape(n, k),
+        row_of=row[unsorted].reshape(n, k),
+    )
+
+
+def empty_rows(blocks: Blocks, width: int) -> jax.Array:
+    """[NB, M, D] f32 zeros, to be filled in by `experts`."""
+    return jnp.zeros((*blocks.tokens.shape, width), jnp.float32)
+
+
+def experts(
     layout: RecordLayout,
-    source: jax.Array,  # [*, R] bits: the pool or the store
-    index: jax.Array,  # [NB] i32, row of `source` per block
-    todo: jax.Array,  # [NB] i32, blocks to compute come first
-    count: jax.Array,  # [] i32, how many of `todo`
-    x: jax.Array,  # [N, D]
-    tokens: jax.Array,  # [NB, M] i32, the tokens of each block
-    y: jax.Array,  # [NB, M, D] f32, results so far
+    source: jax.Array,
+    index: jax.Array,
+    blocks: Blocks,
+    x: jax.Array,
+    rows: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Expert FFN of `count` blocks of M tokens; returns (source, y) so that writes stay ordered.
+    """Expert FFN of the blocks whose expert has a record; others keep the rows they have.
 
     The composition of a block never depends on residency, so neither do its bits.
+
+    Args:
+        source: [*, R] bits, the pool or the store.
+        index: [E] i32, the row of `source` that holds each expert of the layer, -1 = not now.
+        x: [N, D] f32.
+        rows: [NB, M, D] f32, results so far.
+
+    Returns:
+        (source, rows): the source goes through, so that later writes to it stay behind.
     """
+    todo = (index[blocks.expert] >= 0) & (blocks.expert >= 0)
+    first = jnp.argsort(~todo).astype(jnp.int32)
 
     def block(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        source, y = carry
-        b = todo[i]
-        record = jax.lax.dynamic_index_in_dim(source, index[b], keepdims=False)
-        rows = swiglu(x[tokens[b]], **expert_weights(layout, record))
-        return source, jax.lax.dynamic_update_index_in_dim(y, rows, b, 0)
+        source, rows = carry
+        b = first[i]
+        at = index[blocks.expert[b]]
+        record = jax.lax.dynamic_index_in_dim(source, at, keepdims=False)
+        y = swiglu(x[blocks.tokens[b]], **expert_weights(layout, record))
+        return source, jax.lax.dynamic_update_index_in_dim(rows, y, b, 0)
 
-    return jax.lax.fori_loop(0, count, block, (source, y))
+    return jax.lax.fori_loop(0, todo.sum(dtype=jnp.int32), block, (source, rows))
 
 
-def fetch(pool: jax.Array, store: jax.Array, slot: jax.Array, expert: jax.Array) -> jax.Array:
-    """Copy record `expert` of the store [L * E, R] into a slot of the pool [S, R], in place."""
-    record = jax.lax.dynamic_index_in_dim(store, expert, keepdims=True)
-    record = jax.device_put(record, jax.memory.Space.Device)
-    return jax.lax.dynamic_update_slice_in_dim(pool, record, slot, 0)
+def combine(blocks: Blocks, rows: jax.Array, weight: jax.Array) -> jax.Array:
+    """Sum [N, D] of each token's rows times weight [N, K], always in rank order."""
+    total = jnp.zeros((weight.shape[0], rows.shape[-1]), jnp.float32)
+    for rank in range(weight.shape[1]):
+        picked = rows[blocks.block_of[:, rank], blocks.row_of[:, rank]]
+        total = total + weight[:, rank, None] * picked
+    return total
+
+
+def fetch(
+    pool: jax.Array,
+    store: jax.Array,
+    slot: jax.Array,
+    expert: jax.Array,
+    count: jax.Array,
+    after: jax.Array,
+) -> jax.Array:
+    """Copy the first `count` records `expert` [E] of the store [L * E, R] into slots [E], in place.
+
+    `after` orders the copies behind earlier reads where the backend cannot see that order.
+    """
+    del after
+
+    def one(i: jax.Array, pool: jax.Array) -> jax.Array:
+        record = jax.lax.dynamic_index_in_dim(store, expert[i], keepdims=True)
+        record = jax.device_put(record, jax.memory.Space.Device)
+        return jax.lax.dynamic_update_slice_in_dim(pool, record, slot[i], 0)
+
+    return jax.lax.fori_loop(0, count, one, pool)

@@ -141,7 +141,7 @@ def stats_rows(runtime: Any) -> list[tuple[str, str]]:
         if stats.hit_rate is not None:
             hits = f"{stats.hits} of {stats.needed}"
             rows.append(("expert hit rate", f"{stats.hit_rate:.1%} ({hits} uses in decode)"))
-        before = format_bytes(stats.prefill_fetched * stats.record_bytes)
+        before = format_bytes(stats.prefill_moved * stats.record_bytes)
         each = format_bytes(stats.bytes_per_step or 0)
         name = "would be copied" if stats.virtual else "copied"
         rows.append((f"expert bytes {name}", f"{before} in prefill, {each} per decode step"))

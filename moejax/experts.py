@@ -1,7 +1,6 @@
-"""One layer's experts under a budget: fetch what is missing, compute, in passes if need be."""
+"""One layer's experts under a budget: fetch misses, compute, prefetch for a later layer."""
 
 import dataclasses
-import math
 
 import chex
 import jax
@@ -10,22 +9,27 @@ import jax.numpy as jnp
 from moejax import kernels
 from moejax import residency as tables
 from moejax.eviction import Access
-from moejax.layout import RecordLayout
 from moejax.policy import Policy
+from moejax.prediction import Gate, View
 from moejax.routing import Routing
-from moejax.state import ExpertCache, ExpertStore, pytree
-
-MAX_BLOCK = 32  # tokens that share one read of an expert's weights
+from moejax.state import ExpertCache, ExpertStore, PolicyMemory, pytree
 
 
 @pytree
-class Blocks:
-    """The picks of a layer, grouped into blocks of M tokens of one expert each."""
+class Layer:
+    """What one layer's experts work on; N tokens."""
 
-    expert: jax.Array  # [NB] i32, expert of the layer, -1 = unused block
-    tokens: jax.Array  # [NB, M] i32
-    block_of: jax.Array  # [N, K] i32
-    row_of: jax.Array  # [N, K] i32
+    index: jax.Array  # [] i32, among the layers with experts
+    hidden: jax.Array  # [N, D] f32, residual stream
+    x: jax.Array  # [N, D] f32, its norm
+    scores: jax.Array  # [N, E] f32
+    routing: Routing
+    valid: jax.Array  # [N] bool
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return self.scores.shape[1]
 
 
 @pytree
@@ -35,179 +39,181 @@ class LayerTrace:
     needed: jax.Array
     hits: jax.Array
     fetched: jax.Array
+    prefetched: jax.Array
     host: jax.Array
     passes: jax.Array
 
 
 def resident(policy: Policy, cache: ExpertCache, layer: jax.Array, experts: int) -> jax.Array:
     """[E] which experts of a layer are resident, as routers see it."""
-    capacity = tables.usable(cache.residency, experts, policy.capacity)
-    return tables.layer_slots(cache.residency, layer, experts, capacity) >= 0
+    return _slots(policy, cache.residency, layer, experts) >= 0
 
 
-def block_size(tokens: int, top_k: int, experts: int) -> int:
-    """M: the mean picks per expert, rounded up to a power of two; depends on static shapes only."""
-    mean = max(1, tokens * top_k // experts)
-    return min(MAX_BLOCK, 1 << (mean - 1).bit_length())
-
-
-def group(expert: jax.Array, valid: jax.Array, experts: int) -> Blocks:
-    """Group picks [N, K] of valid [N] tokens by expert; independent of what is resident."""
-    n, k = expert.shape
-    size = block_size(n, k, experts)
-    limit = min(n * k, math.ceil(n * k / size) + min(experts, n * k))
-    flat = jnp.where(valid[:, None], expert, experts).reshape(-1)
-    order = jnp.argsort(flat, stable=True)
-    sorted_expert = flat[order]
-    counts = jnp.zeros(experts + 1, jnp.int32).at[flat].add(1)
-    first_pick = jnp.cumsum(counts) - counts
-    blocks = -(-counts // size)
-    first_block = jnp.cumsum(blocks) - blocks
-    rank = jnp.arange(n * k, dtype=jnp.int32) - first_pick[sorted_expert]
-    real = sorted_expert < experts
-    block = jnp.where(real, first_block[sorted_expert] + rank // size, limit)
-    row = rank % size
-    unsorted = jnp.zeros_like(order).at[order].set(jnp.arange(n * k))
-    return Blocks(
-        expert=jnp.full(limit, -1, jnp.int32).at[block].set(sorted_expert, mode="drop"),
-        tokens=jnp.zeros((limit, size), jnp.int32)
-        .at[block, row]
-        .set((order // k).astype(jnp.int32), mode="drop"),
-        block_of=jnp.minimum(block[unsorted], limit - 1).reshape(n, k),
-        row_of=row[unsorted].reshape(n, k),
-    )
-
-
-def combine(y: jax.Array, blocks: Blocks, routing: Routing) -> jax.Array:
-    """Weighted sum [N, D] of block rows y [NB, M, D], always in rank order."""
-    total = jnp.zeros((routing.expert.shape[0], y.shape[-1]), jnp.float32)
-    for rank in range(routing.expert.shape[1]):
-        rows = y[blocks.block_of[:, rank], blocks.row_of[:, rank]]
-        total = total + routing.weight[:, rank, None] * rows
-    return total
-
-
-def access(layer: jax.Array, scores: jax.Array, routing: Routing, valid: jax.Array) -> Access:
+def access(layer: Layer) -> Access:
     """What a layer uses, in the form evictors observe."""
-    experts = scores.shape[-1]
-    flat = jnp.where(valid[:, None], routing.expert, experts).reshape(-1)
-    positions = jnp.arange(flat.shape[0], dtype=jnp.int32)
-    last = jnp.full(experts, -1, jnp.int32).at[flat].max(positions, mode="drop")
-    tokens = jnp.zeros(experts, jnp.int32).at[flat].add(1, mode="drop")
+    picks = jnp.where(layer.valid[:, None], layer.routing.expert, layer.experts).reshape(-1)
+    positions = jnp.arange(picks.shape[0], dtype=jnp.int32)
+    last = jnp.full(layer.experts, -1, jnp.int32).at[picks].max(positions, mode="drop")
+    tokens = jnp.zeros(layer.experts, jnp.int32).at[picks].add(1, mode="drop")
     return Access(
-        layer=layer, scores=scores, needed=last >= 0, tokens=tokens, last_use=last, valid=valid
+        layer=layer.index,
+        scores=layer.scores,
+        needed=last >= 0,
+        tokens=tokens,
+        last_use=last,
+        valid=layer.valid,
     )
 
 
-def first_use(routing: Routing, valid: jax.Array, experts: int) -> jax.Array:
+def first_use(layer: Layer) -> jax.Array:
     """[E] position of each expert's first use among the N * K picks; N * K if unused."""
-    flat = jnp.where(valid[:, None], routing.expert, experts).reshape(-1)
-    total = flat.shape[0]
-    positions = jnp.arange(total, dtype=jnp.int32)
-    return jnp.full(experts, total, jnp.int32).at[flat].min(positions, mode="drop")
+    picks = jnp.where(layer.valid[:, None], layer.routing.expert, layer.experts).reshape(-1)
+    positions = jnp.arange(picks.shape[0], dtype=jnp.int32)
+    unused = jnp.full(layer.experts, picks.shape[0], jnp.int32)
+    return unused.at[picks].min(positions, mode="drop")
 
 
 def apply(
     policy: Policy,
     store: ExpertStore,
     cache: ExpertCache,
-    memory: object,
-    layer: jax.Array,
-    x: jax.Array,  # [N, D] f32
-    scores: jax.Array,  # [N, E] f32
-    routing: Routing,
-    valid: jax.Array,  # [N] bool
-) -> tuple[jax.Array, ExpertCache, object, LayerTrace]:
+    memory: PolicyMemory,
+    layer: Layer,
+    gate: Gate,
+) -> tuple[jax.Array, ExpertCache, PolicyMemory, LayerTrace]:
     """Mixture of the routed experts [N, D] f32; fetches misses, in passes when slots are few."""
-    chex.assert_rank([x, scores, routing.expert, valid], [2, 2, 2, 1])
-    chex.assert_equal_shape_prefix([x, scores, routing.expert, valid], 1)
-    chex.assert_type([x, scores], jnp.float32)
-    experts = scores.shape[-1]
-    used = access(layer, scores, routing, valid)
-    memory = policy.evictor.observe(memory, used)
-    keys = policy.evictor.keys(memory, layer)
-    order = jnp.argsort(first_use(routing, valid, experts)).astype(jnp.int32)
-    blocks = group(routing.expert, valid, experts)
-    capacity = tables.usable(cache.residency, experts, policy.capacity)
-    hits = used.needed & resident(policy, cache, layer, experts)
+    chex.assert_rank([layer.x, layer.scores, layer.routing.expert, layer.valid], [2, 2, 2, 1])
+    chex.assert_equal_shape_prefix([layer.x, layer.scores, layer.routing.expert, layer.valid], 1)
+    chex.assert_type([layer.x, layer.scores], jnp.float32)
+    used = access(layer)
+    memory = dataclasses.replace(memory, evictor=policy.evictor.observe(memory.evictor, used))
+    y, cache, trace = _mixture(policy, store, cache, memory, layer, used)
+    memory, cache, prefetched = _prefetch(policy, store, cache, memory, layer, used, gate)
+    return y, cache, memory, dataclasses.replace(trace, prefetched=prefetched)
+
+
+def _mixture(
+    policy: Policy,
+    store: ExpertStore,
+    cache: ExpertCache,
+    memory: PolicyMemory,
+    layer: Layer,
+    used: Access,
+) -> tuple[jax.Array, ExpertCache, LayerTrace]:
+    experts, first_id = layer.experts, layer.index * layer.experts
+    keys = policy.evictor.keys(memory.evictor, layer.index)
+    order = jnp.argsort(first_use(layer)).astype(jnp.int32)
+    picks = jnp.where(layer.valid[:, None], layer.routing.expert, -1)
+    plan = kernels.plan(picks, experts)
+    hits = used.needed & resident(policy, cache, layer.index, experts)
     missing = used.needed & ~hits
     virtual = cache.pool.shape[0] == 0
-    source = store.records if virtual else cache.pool
-    y = jnp.zeros((*blocks.tokens.shape, x.shape[-1]), jnp.float32)
+    in_store = first_id + jnp.arange(experts, dtype=jnp.int32)
+    rows = kernels.empty_rows(plan, layer.x.shape[1])
     host = jnp.zeros_like(missing)
     if policy.placement.uses_host:
-        host = missing & ~policy.placement.fetch(missing, used.tokens, scores)
-        ids = layer * experts + blocks.expert
-        _, y = _compute(store.layout, store.records, ids, host, blocks, x, y)
+        host = missing & ~policy.placement.fetch(missing, used.tokens, layer.scores)
+        index = jnp.where(host, in_store, -1)
+        _, rows = kernels.experts(store.layout, store.records, index, plan, layer.x, rows)
 
     def one_pass(carry: tuple) -> tuple:
-        pending, source, residency, y, fetched, passes = carry
-        source, residency, count = _fetch(
-            capacity, store, source, residency, keys, layer, pending, order, virtual
+        pending, source, residency, rows, fetched, passes = carry
+        source, residency, count = _bring(
+            policy, store, source, residency, keys, layer.index, pending, order, virtual, rows
         )
-        slots = tables.layer_slots(residency, layer, experts, capacity)
+        slots = _slots(policy, residency, layer.index, experts)
         run = pending & (slots >= 0)
-        index = layer * experts + blocks.expert if virtual else slots[blocks.expert]
-        source, y = _compute(store.layout, source, index, run, blocks, x, y)
-        return pending & ~run, source, residency, y, fetched + count, passes + 1
+        index = jnp.where(run, in_store if virtual else slots, -1)
+        source, rows = kernels.experts(store.layout, source, index, plan, layer.x, rows)
+        return pending & ~run, source, residency, rows, fetched + count, passes + 1
 
-    start = (used.needed & ~host, source, cache.residency, y, jnp.int32(0), jnp.int32(0))
-    _, source, residency, y, fetched, passes = jax.lax.while_loop(
+    source = store.records if virtual else cache.pool
+    start = (used.needed & ~host, source, cache.residency, rows, jnp.int32(0), jnp.int32(0))
+    _, source, residency, rows, fetched, passes = jax.lax.while_loop(
         lambda carry: carry[0].any(), one_pass, start
     )
     trace = LayerTrace(
         needed=used.needed.sum(dtype=jnp.int32),
         hits=hits.sum(dtype=jnp.int32),
         fetched=fetched,
+        prefetched=jnp.int32(0),
         host=host.sum(dtype=jnp.int32),
         passes=passes,
     )
-    cache = dataclasses.replace(cache, pool=cache.pool if virtual else source, residency=residency)
-    return combine(y, blocks, routing), cache, memory, trace
+    cache = ExpertCache(pool=cache.pool if virtual else source, residency=residency)
+    return kernels.combine(plan, rows, layer.routing.weight), cache, trace
 
 
-def _compute(
-    layout: RecordLayout,
-    source: jax.Array,
-    index: jax.Array,
-    run: jax.Array,
-    blocks: Blocks,
-    x: jax.Array,
-    y: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Fill in y for the blocks of the experts `run` [E], whose records are source[index]."""
-    todo = run[blocks.expert] & (blocks.expert >= 0)
-    first = jnp.argsort(~todo).astype(jnp.int32)
-    count = todo.sum(dtype=jnp.int32)
-    return kernels.expert_rows(layout, source, index, first, count, x, blocks.tokens, y)
+def _prefetch(
+    policy: Policy,
+    store: ExpertStore,
+    cache: ExpertCache,
+    memory: PolicyMemory,
+    layer: Layer,
+    used: Access,
+    gate: Gate,
+) -> tuple[PolicyMemory, ExpertCache, jax.Array]:
+    """Bring in what the predictor wants for a later layer, as far as there are evictable slots."""
+    if not policy.predictor.horizon:
+        return memory, cache, jnp.int32(0)
+    view = View(
+        layer=layer.index,
+        hidden=layer.hidden,
+        scores=layer.scores,
+        tokens=used.tokens,
+        valid=layer.valid,
+    )
+    predictor = policy.predictor.observe(memory.predictor, view)
+    memory = dataclasses.replace(memory, predictor=predictor)
+    layers = cache.residency.slot_of.shape[0] // layer.experts
+    ahead = layer.index + policy.predictor.horizon
+    target = jnp.minimum(ahead, layers - 1)
+    priority = policy.predictor.wanted(predictor, view, target, gate)
+    useful = (ahead < layers) & layer.valid.any() & policy.cutoff.allows(target)
+    virtual = cache.pool.shape[0] == 0
+    pool, residency, count = _bring(
+        policy,
+        store,
+        store.records if virtual else cache.pool,
+        cache.residency,
+        policy.evictor.keys(memory.evictor, target),
+        target,
+        (priority > 0) & useful,
+        jnp.argsort(-priority).astype(jnp.int32),
+        virtual,
+        layer.x,
+    )
+    cache = ExpertCache(pool=cache.pool if virtual else pool, residency=residency)
+    return memory, cache, count
 
 
-def _fetch(
-    capacity: jax.Array,
+def _slots(
+    policy: Policy, residency: tables.Residency, layer: jax.Array, experts: int
+) -> jax.Array:
+    """[E] slots of a layer's experts, -1 = absent."""
+    capacity = tables.usable(residency, experts, policy.capacity)
+    return tables.layer_slots(residency, layer, experts, capacity)
+
+
+def _bring(
+    policy: Policy,
     store: ExpertStore,
     pool: jax.Array,
     residency: tables.Residency,
     keys: jax.Array,
     layer: jax.Array,
-    pending: jax.Array,
-    order: jax.Array,
+    wanted: jax.Array,  # [E] bool
+    order: jax.Array,  # [E] i32
     virtual: bool,
+    after: jax.Array,
 ) -> tuple[jax.Array, tables.Residency, jax.Array]:
-    """Bring in as many pending experts as there are evictable slots, in order of first use."""
-    experts = pending.shape[0]
-    slots = tables.layer_slots(residency, layer, experts, capacity)
-    missing = pending & (slots < 0)
-    free = tables.evictable(residency, layer, pending & (slots >= 0), capacity)
-    count = jnp.minimum(missing.sum(dtype=jnp.int32), free.sum(dtype=jnp.int32))
-    queue = order[jnp.argsort(~missing[order])]
+    """Copy as many absent ones of the experts `wanted` as there are evictable slots, in order.
 
-    def bring(i: jax.Array, carry: tuple) -> tuple:
-        pool, residency, free = carry
-        expert = layer * experts + queue[i]
-        slot = tables.victim(residency, keys, free)
-        if not virtual:
-            pool = kernels.fetch(pool, store.records, slot, expert)
-        return pool, tables.place(residency, slot, expert), free.at[slot].set(False)
-
-    pool, residency, _ = jax.lax.fori_loop(0, count, bring, (pool, residency, free))
-    return pool, residency, count
+    `after` is the result of the last read of the pool: the copies must not overtake it.
+    """
+    experts = wanted.shape[0]
+    capacity = tables.usable(residency, experts, policy.capacity)
+    residency, copies = tables.bring(residency, keys, layer, wanted, order, capacity)
+    if not virtual:
+        pool = kernels.fetch(pool, store.records, copies.slot, copies.expert, copies.count, after)
+    return pool, residency, copies.count

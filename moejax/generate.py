@@ -33,6 +33,7 @@ class Totals:
     needed: jax.Array  # [] i32
     hits: jax.Array  # [] i32
     fetched: jax.Array  # [] i32
+    prefetched: jax.Array  # [] i32
     host: jax.Array  # [] i32
     replaced_mass: jax.Array  # [] f32
 
@@ -71,8 +72,9 @@ class Stats:
     hits: int = 0
     prefill_needed: int = 0
     prefill_hits: int = 0
-    prefill_fetched: int = 0  # of `fetched`
-    fetched: int = 0  # records copied into slots, prefill included; only counted if `virtual`
+    fetched: int = 0  # missing records copied into slots, prefill included; counted if `virtual`
+    prefetched: int = 0  # records copied ahead of need, likewise
+    prefill_moved: int = 0  # of `fetched` and `prefetched`
     host: int = 0  # experts computed on the host, prefill included
     replaced_mass: float = 0.0
     virtual: bool = False  # weights are read in place: nothing is copied
@@ -93,14 +95,15 @@ class Stats:
     @property
     def bytes_moved(self) -> int:
         """Bytes copied into slots, or that slots would have cost if `virtual`."""
-        return self.fetched * self.record_bytes
+        return (self.fetched + self.prefetched) * self.record_bytes
 
     @property
     def bytes_per_step(self) -> float | None:
         """Bytes copied per decode step."""
         if not self.steps:
             return None
-        return (self.fetched - self.prefill_fetched) * self.record_bytes / self.steps
+        moved = self.fetched + self.prefetched - self.prefill_moved
+        return moved * self.record_bytes / self.steps
 
     def add(self, totals: Totals | None, *, prefill: bool) -> None:
         """Count one step."""
@@ -108,10 +111,11 @@ class Stats:
             return
         counted = jax.device_get(totals)
         self.fetched += int(counted.fetched)
+        self.prefetched += int(counted.prefetched)
         self.host += int(counted.host)
         self.replaced_mass += float(counted.replaced_mass)
         if prefill:
-            self.prefill_fetched += int(counted.fetched)
+            self.prefill_moved += int(counted.fetched) + int(counted.prefetched)
             self.prefill_needed += int(counted.needed)
             self.prefill_hits += int(counted.hits)
         else:
@@ -132,6 +136,7 @@ def _totals(trace: StepTrace | None) -> Totals | None:
         needed=trace.needed.sum(),
         hits=trace.hits.sum(),
         fetched=trace.fetched.sum(),
+        prefetched=trace.prefetched.sum(),
         host=trace.host.sum(),
         replaced_mass=trace.replaced_mass.sum(),
     )

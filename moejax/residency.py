@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from moejax.state import Residency
+from moejax.state import Residency, pytree
 
 
 def empty(num_ids: int, slots: int, *, layers: int = 0) -> Residency:
@@ -65,6 +65,48 @@ def victim(residency: Residency, keys: jax.Array, free: jax.Array) -> jax.Array:
     least = jnp.where(among, key, _greatest(keys.dtype)).min()
     # Not argmin: keys may all be as great as the filler, or NaN.
     return jnp.argmax(among & (empty | ~(key > least))).astype(jnp.int32)
+
+
+@pytree
+class Copies:
+    """Records to copy into slots, the first `count` of each list."""
+
+    slot: jax.Array  # [E] i32
+    expert: jax.Array  # [E] i32, ids
+    count: jax.Array  # [] i32
+
+
+def bring(
+    residency: Residency,
+    keys: jax.Array,
+    layer: jax.Array,
+    wanted: jax.Array,
+    order: jax.Array,
+    capacity: jax.Array,
+) -> tuple[Residency, Copies]:
+    """Give slots to as many absent experts of a layer as can be had while those `wanted` stay.
+
+    Args:
+        keys: [L * E], see `victim`.
+        wanted: [E] bool.
+        order: [E] i32, a permutation: who comes first if slots are few.
+        capacity: [] i32 slots in use.
+    """
+    experts = wanted.shape[0]
+    slots = layer_slots(residency, layer, experts, capacity)
+    missing = wanted & (slots < 0)
+    free = evictable(residency, layer, wanted & (slots >= 0), capacity)
+    count = jnp.minimum(missing.sum(dtype=jnp.int32), free.sum(dtype=jnp.int32))
+    ids = layer * experts + order[jnp.argsort(~missing[order])]
+
+    def one(i: jax.Array, carry: tuple) -> tuple:
+        residency, free, chosen = carry
+        slot = victim(residency, keys, free)
+        return place(residency, slot, ids[i]), free.at[slot].set(False), chosen.at[i].set(slot)
+
+    chosen = jnp.full(experts, -1, jnp.int32)
+    residency, _, chosen = jax.lax.fori_loop(0, count, one, (residency, free, chosen))
+    return residency, Copies(slot=chosen, expert=ids.astype(jnp.int32), count=count)
 
 
 def place(residency: Residency, slot: jax.Array, expert: jax.Array) -> Residency:

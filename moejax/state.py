@@ -56,6 +56,15 @@ class ExpertCache:
 
 
 @pytree
+class PolicyMemory:
+    """What the parts of a policy remember from step to step, each as its `init` made it."""
+
+    evictor: Any
+    predictor: Any
+    speculation: Any
+
+
+@pytree
 class KVCache:
     """Keys and values of grouped-query attention (G key-value heads of H channels)."""
 
@@ -77,7 +86,7 @@ class DecodeState:
 
     kv: KVCache | LatentKVCache
     experts: ExpertCache | None  # None for dense models
-    policy: Any  # the policy's own memory, as its `init` made it
+    policy: PolicyMemory | None  # None for dense models
     length: jax.Array  # [B] i32, tokens in the KV cache per sequence
 
 
@@ -89,7 +98,8 @@ class StepTrace:
     weights: jax.Array  # [L, N, K] f32, router weights as used
     needed: jax.Array  # [L] i32, distinct experts needed
     hits: jax.Array  # [L] i32, of those, resident when the layer began
-    fetched: jax.Array  # [L] i32, records copied into slots
+    fetched: jax.Array  # [L] i32, missing records copied into slots
+    prefetched: jax.Array  # [L] i32, records copied ahead for a later layer, while in this one
     host: jax.Array  # [L] i32, experts computed on the host
     passes: jax.Array  # [L] i32, passes over the slots
     replaced_mass: jax.Array  # [L] f32, router weight moved to stand-ins, summed over tokens

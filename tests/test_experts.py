@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,14 @@ from moejax import decode, experts, residency
 from moejax.config import RouterRule
 from moejax.errors import BudgetError, PolicyError
 from moejax.eviction import CLOCK_LIMIT, LRU, Access
+from moejax.kernels import reference
 from moejax.policy import Policy, policy, policy_names
 from moejax.routing import Routing, TopK
+
+
+def no_gate(hidden, target):
+    """The gate of a layer that no predictor asks for."""
+    raise AssertionError("nobody predicts here")
 
 
 def oracle_ffn(layout, record, x):
@@ -41,7 +48,7 @@ def routed(draw):
 @given(routed())
 def test_blocks_hold_every_pick_once(case):
     picks, valid, width = case
-    blocks = experts.group(jnp.asarray(picks), jnp.asarray(valid), width)
+    blocks = reference.plan(jnp.asarray(np.where(valid[:, None], picks, -1)), width)
     tokens, owner = np.asarray(blocks.tokens), np.asarray(blocks.expert)
     for n, k in np.argwhere(np.broadcast_to(valid[:, None], picks.shape)):
         block, row = int(blocks.block_of[n, k]), int(blocks.row_of[n, k])
@@ -65,9 +72,11 @@ def test_mixture_equals_float64(dtype):
     cache = decode.init_cache(built.config, built.store, 3)
     state = built.policy.init(2, 8)
     routing = built.policy.router.route(rule, 2, scores, jnp.zeros(8, bool), valid)
-    out, *_ = jax.jit(experts.apply)(
-        built.policy, built.store, cache, state, jnp.int32(layer), x, scores, routing, valid
+    work = experts.Layer(
+        index=jnp.int32(layer), hidden=x, x=x, scores=scores, routing=routing, valid=valid
     )
+    apply = jax.jit(functools.partial(experts.apply, gate=no_gate))
+    out, *_ = apply(built.policy, built.store, cache, state, work)
     records, layout = np.asarray(built.store.records), built.store.layout
     for t in np.flatnonzero(np.asarray(valid)):
         top = np.argsort(-np.asarray(scores[t]), kind="stable")[:2]
@@ -149,22 +158,18 @@ def table_step(chosen, tables, memory, layer, picks):
     """One layer's access on the tables alone: the mechanism without weights."""
     built = TABLE_MODEL
     n = picks.shape[0]
-    scores = jnp.zeros((n, 8), jnp.float32)
-    routing = Routing(
-        expert=picks, weight=jnp.ones(picks.shape), replaced_mass=jnp.zeros(n, jnp.float32)
+    work = experts.Layer(
+        index=layer,
+        hidden=jnp.zeros((n, 32)),
+        x=jnp.zeros((n, 32)),
+        scores=jnp.zeros((n, 8), jnp.float32),
+        routing=Routing(
+            expert=picks, weight=jnp.ones(picks.shape), replaced_mass=jnp.zeros(n, jnp.float32)
+        ),
+        valid=jnp.ones(n, bool),
     )
     cache = decode.ExpertCache(pool=built.store.records[:0], residency=tables)
-    _, cache, memory, trace = experts.apply(
-        chosen,
-        built.store,
-        cache,
-        memory,
-        layer,
-        jnp.zeros((n, 32)),
-        scores,
-        routing,
-        jnp.ones(n, bool),
-    )
+    _, cache, memory, trace = experts.apply(chosen, built.store, cache, memory, work, no_gate)
     return cache.residency, memory, trace.hits, trace.fetched
 
 

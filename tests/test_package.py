@@ -17,7 +17,7 @@ MODULE_LINES, FUNCTION_LINES = 400, 60
 # From the bottom up: a module imports only from its own group and those before it.
 GROUPS = {
     "data": "errors layout units config state",
-    "decisions": "routing eviction residency placement policy sampling prediction",
+    "decisions": "routing eviction residency placement policy sampling prediction speculation",
     "mechanism": (
         "experts models detokenize chat text decode generate speculate kernels checkpoints"
     ),

@@ -1,5 +1,6 @@
 """The decoder stack: one Flax module for every family, pure in its caches."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 
@@ -16,7 +17,14 @@ from moejax.models.layers import Span, Weights, at, grouped_query_attention, rms
 from moejax.models.rope import cos_sin
 from moejax.models.shapes import is_stacked, parameter_shapes
 from moejax.policy import Policy
-from moejax.state import DecodeState, ExpertStore, StepOutput, StepTrace
+from moejax.state import (
+    DecodeState,
+    ExpertCache,
+    ExpertStore,
+    PolicyMemory,
+    StepOutput,
+    StepTrace,
+)
 
 _normal = nn.initializers.normal(0.02)
 
@@ -144,41 +152,46 @@ def _layer(
     if not moe:
         w = at(weights["mlp"], index)
         return (x + swiglu(normed, w["gate_up"], w["down"]), kv, cache, memory), None
-    flat = normed.reshape(-1, config.width)
-    out, cache, memory, trace = moe_layer(
-        config, weights, policy, store, cache, memory, index, flat, span.valid.reshape(-1), scores
+    out, cache, memory, trace = _moe_layer(
+        config, weights, policy, store, cache, memory, index, x, normed, span.valid, scores
     )
     return (x + out.reshape(x.shape), kv, cache, memory), trace
 
 
-def moe_layer(
+def _moe_layer(
     config: ModelConfig,
     weights: dict[str, Weights],
     policy: Policy,
     store: ExpertStore,
-    cache: object,
-    memory: object,
-    layer: jax.Array,
-    x: jax.Array,  # [N, D] f32
-    valid: jax.Array,  # [N] bool
+    cache: ExpertCache,
+    memory: PolicyMemory,
+    index: jax.Array,
+    hidden: jax.Array,  # [B, T, D] f32
+    normed: jax.Array,  # [B, T, D] f32
+    valid: jax.Array,  # [B, T] bool
     scores: bool,
-) -> tuple[jax.Array, object, object, StepTrace]:
+) -> tuple[jax.Array, ExpertCache, PolicyMemory, StepTrace]:
     """Router, experts under the policy, and the shared expert: [N, D] f32."""
-    router = at(weights["moe"], layer)["router"]
-    logits = jax.lax.dot_general(
-        x,
-        router.astype(jnp.float32),
-        (((1,), (1,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-    )
-    probabilities = jax.nn.softmax(logits, axis=-1)
-    resident = expert_layer.resident(policy, cache, layer, config.num_experts)
+    x, valid = normed.reshape(-1, config.width), valid.reshape(-1)
+    probabilities = _router(weights, x, index)
+    resident = expert_layer.resident(policy, cache, index, config.num_experts)
     routing = policy.router.route(config.router, config.top_k, probabilities, resident, valid)
-    out, cache, memory, counts = expert_layer.apply(
-        policy, store, cache, memory, layer, x, probabilities, routing, valid
+    layer = expert_layer.Layer(
+        index=index,
+        hidden=hidden.reshape(x.shape),
+        x=x,
+        scores=probabilities,
+        routing=routing,
+        valid=valid,
     )
+
+    def gate(hidden: jax.Array, target: jax.Array) -> jax.Array:
+        norms = at(weights["norms"], jnp.asarray(config.moe_layers)[target])
+        return _router(weights, rms_norm(hidden, norms["post"], config.norm_eps), target)
+
+    out, cache, memory, counts = expert_layer.apply(policy, store, cache, memory, layer, gate)
     if config.shared_width:
-        w = at(weights["shared"], layer)
+        w = at(weights["shared"], index)
         shared = swiglu(x, w["gate_up"], w["down"])
         if config.shared_gate:
             shared = jax.nn.sigmoid(linear(x, w["gate"])) * shared
@@ -186,15 +199,23 @@ def moe_layer(
     trace = StepTrace(
         picks=jnp.where(valid[:, None], routing.expert, -1),
         weights=jnp.where(valid[:, None], routing.weight, 0.0),
-        needed=counts.needed,
-        hits=counts.hits,
-        fetched=counts.fetched,
-        host=counts.host,
-        passes=counts.passes,
         replaced_mass=jnp.where(valid, routing.replaced_mass, 0.0).sum(),
         scores=probabilities if scores else None,
+        **{field.name: getattr(counts, field.name) for field in dataclasses.fields(counts)},
     )
     return out, cache, memory, trace
+
+
+def _router(weights: dict[str, Weights], x: jax.Array, layer: jax.Array) -> jax.Array:
+    """Scores [N, E] f32 over all experts for normed x [N, D]."""
+    router = at(weights["moe"], layer)["router"]
+    logits = jax.lax.dot_general(
+        x,
+        router.astype(jnp.float32),
+        (((1,), (1,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return jax.nn.softmax(logits, axis=-1)
 
 
 def _logits(

@@ -1,0 +1,215 @@
+"""Prefetching: the same bits, the same tables as a plain simulation, and hits where it guesses."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import build, small_config
+from hypothesis import given
+from hypothesis import strategies as st
+from test_exactness import prompts_of, run
+
+import moejax
+from moejax import residency
+from moejax.errors import PolicyError
+from moejax.placement import HostAll
+from moejax.policy import policy
+from moejax.prediction import LastLayer, NextGate, PreviousToken, View, best
+from moejax.state import pytree, static
+
+LAYERS = 4
+
+
+@pytree
+class Oracle:
+    """Wants what it was told for the layer ahead."""
+
+    wanted_by_layer: jax.Array  # [L, E]
+    horizon: int = static(default=1)
+
+    def init(self, num_layers, num_experts):
+        return None
+
+    def observe(self, memory, view):
+        return memory
+
+    def wanted(self, memory, view, target, gate):
+        return self.wanted_by_layer[target]
+
+
+@pytest.fixture(scope="module")
+def deep():
+    return build(small_config(num_layers=LAYERS, moe_layers=tuple(range(LAYERS))))
+
+
+def with_predictor(built, predictor, **changes):
+    return dataclasses.replace(built.policy, predictor=predictor, **changes)
+
+
+PREDICTORS = [
+    PreviousToken(limit=jnp.int32(2)),
+    NextGate(limit=jnp.int32(2)),
+    NextGate(limit=jnp.int32(8), horizon=3),
+]
+
+
+@pytest.mark.parametrize("predictor", PREDICTORS)
+@pytest.mark.parametrize("placement", [None, HostAll()])
+def test_prefetching_never_changes_bits(deep, predictor, placement):
+    changes = {} if placement is None else {"placement": placement}
+    prompts = prompts_of(3, 2)
+    whole, _ = run(deep, prompts, 4, slots=32)
+    chosen = with_predictor(deep, predictor, **changes)
+    for budget in ({"slots": 9}, {"slots": 16, "per_layer": True}, {"slots": 9, "virtual": True}):
+        some, traces = run(deep, prompts, 4, policy=chosen, **budget)
+        assert np.array_equal(whole, some)
+        assert sum(int(t.prefetched.sum()) for t in traces) > 0
+
+
+def test_a_perfect_prediction_hits_everywhere_but_in_the_first_layer(deep):
+    prompts = prompts_of(5, 1)
+    _, plain = run(deep, prompts, 1, slots=10)
+    picks = np.asarray(plain[-1].picks)[:, 0]
+    wanted = np.zeros((LAYERS, 8), np.float32)
+    for layer, chosen in enumerate(picks):
+        wanted[layer, chosen] = 1
+    _, traces = run(
+        deep,
+        prompts,
+        1,
+        policy=with_predictor(deep, Oracle(wanted_by_layer=jnp.array(wanted))),
+        slots=10,
+    )
+    hits, needed = np.asarray(traces[-1].hits), np.asarray(traces[-1].needed)
+    assert (hits[1:] == needed[1:]).all()
+    assert int(np.asarray(plain[-1].hits)[1:].sum()) < needed[1:].sum()
+    assert not np.asarray(traces[-1].fetched)[1:].any()
+
+
+def test_the_gate_of_the_same_hidden_state_is_the_router(deep):
+    """Asked for the running layer itself, the gate gives the scores that the router gave."""
+
+    @pytree
+    class Spy:
+        horizon = 1
+
+        def init(self, num_layers, num_experts):
+            return jnp.zeros((num_layers, num_experts))
+
+        def observe(self, memory, view):
+            return memory
+
+        def wanted(self, memory, view, target, gate):
+            same = gate(view.hidden, view.layer) == view.scores
+            return jnp.where(same.all(), 1.0, 0.0) * jnp.ones(8)
+
+    _, traces = run(deep, prompts_of(5, 1), 1, policy=with_predictor(deep, Spy()), slots=31)
+    _, plain = run(deep, prompts_of(5, 1), 1, slots=31)
+    assert sum(int(t.prefetched.sum()) for t in traces) > 0
+    assert sum(int(t.prefetched.sum()) for t in plain) == 0
+
+
+@pytest.mark.parametrize("last", [0, 1, 3])
+def test_the_cutoff_stops_at_its_layer(deep, last):
+    everything = Oracle(wanted_by_layer=jnp.ones((LAYERS, 8)))
+    chosen = with_predictor(deep, everything, cutoff=LastLayer(last=jnp.int32(last)))
+    _, traces = run(deep, prompts_of(7, 1), 1, policy=chosen, slots=31)
+    # Counted in the layer that asks: layer l prefetches for layer l + 1.
+    total = sum(np.asarray(t.prefetched) for t in traces)
+    assert (total[last:] == 0).all() and (total[:last] > 0).all()
+
+
+def test_numbers_of_predictors_never_recompile(deep):
+    from moejax import decode
+
+    def with_limit(limit):
+        predictor = PreviousToken(limit=jnp.int32(limit))
+        return with_predictor(deep, predictor, cutoff=LastLayer(last=jnp.int32(limit)))
+
+    run(deep, prompts_of(8, 1), 1, slots=15, policy=with_limit(1))
+    before = decode.decode_step._cache_size()
+    run(deep, prompts_of(8, 1), 2, slots=15, policy=with_limit(3))
+    assert decode.decode_step._cache_size() == before
+
+
+@given(seed=st.integers(0, 2**16), slots=st.integers(3, 12), capacity=st.integers(1, 12))
+def test_bring_keeps_what_is_wanted_and_fills_in_order(seed, slots, capacity):
+    rng = np.random.default_rng(seed)
+    tables = residency.empty(12, slots)
+    for slot, expert in enumerate(rng.permutation(12)[: rng.integers(0, slots + 1)]):
+        tables = residency.place(tables, jnp.int32(slot), jnp.int32(expert))
+    keys, wanted = rng.integers(0, 9, 12), rng.random(4) < 0.6
+    order, layer = rng.permutation(4), int(rng.integers(0, 3))
+    capacity = min(capacity, slots)
+    old = np.asarray(tables.owner)
+    new, copies = residency.bring(
+        tables,
+        jnp.asarray(keys),
+        jnp.int32(layer),
+        jnp.asarray(wanted),
+        jnp.asarray(order),
+        capacity,
+    )
+    ids = [layer * 4 + e for e in order if wanted[e] and layer * 4 + e not in old[:capacity]]
+    kept = {layer * 4 + e for e in range(4) if wanted[e]}
+    owner = old.copy()
+    free = [s for s in range(capacity) if owner[s] not in kept]
+    for expert in ids[: len(free)]:
+        empty = [s for s in free if owner[s] < 0]
+        slot = empty[0] if empty else min(free, key=lambda s: (keys[owner[s]], s))
+        owner[owner == expert] = -1
+        owner[slot] = expert
+        free.remove(slot)
+    assert np.asarray(new.owner).tolist() == owner.tolist()
+    count = int(copies.count)
+    assert count == min(len(ids), len(old[:capacity]) - len(kept & set(old[:capacity].tolist())))
+    brought = zip(np.asarray(copies.slot)[:count], np.asarray(copies.expert)[:count], strict=True)
+    assert all(owner[slot] == expert for slot, expert in brought)
+
+
+def test_best_keeps_the_greatest():
+    assert best(jnp.array([0.1, 0.5, 0.5, 0.2]), 2).tolist() == [0, 0.5, 0.5, 0]
+    assert best(jnp.array([1.0, 1.0, 1.0]), 1).tolist() == [1, 0, 0]
+    assert not best(jnp.zeros(3), 2).any()
+
+
+def test_padding_predicts_nothing():
+    view = View(
+        layer=jnp.int32(0),
+        hidden=jnp.zeros((2, 4)),
+        scores=jnp.zeros((2, 3)),
+        tokens=jnp.zeros(3, jnp.int32),
+        valid=jnp.zeros(2, bool),
+    )
+    for predictor in PREDICTORS[:2]:
+        memory = predictor.init(2, 3)
+        memory = predictor.observe(memory, view)
+        wanted = predictor.wanted(memory, view, jnp.int32(1), lambda h, layer: jnp.ones((2, 3)))
+        assert not wanted.any()
+
+
+def test_prefetched_bytes_are_counted():
+    chosen = with_predictor(type("B", (), {"policy": policy("lru")}), PREDICTORS[1])
+    runtime = moejax.load("tiny", slots=64, policy=chosen, context=128)
+    runtime.generate("The sea", max_new_tokens=8)
+    stats = runtime.stats
+    assert stats.prefetched > 0
+    assert stats.bytes_moved == (stats.fetched + stats.prefetched) * stats.record_bytes
+    plain = moejax.load("tiny", slots=64, context=128)
+    plain.generate("The sea", max_new_tokens=8)
+    assert stats.hit_rate > plain.stats.hit_rate
+    assert plain.stats.prefetched == 0
+
+
+def test_a_policy_that_drafts_is_refused():
+    @pytree
+    class Drafts:
+        max_length = 4
+
+        def init(self):
+            return None
+
+    with pytest.raises(PolicyError, match="draft"):
+        policy(dataclasses.replace(policy("lru"), speculation=Drafts()))
