@@ -4,8 +4,8 @@ bytes 0..7    magic "MOEJAXBK"
 8..11         version, u32 little-endian like everything here
 12..15        CRC-32 of the JSON
 16..23        length of the JSON in bytes, u64
-24..          JSON: config, dtype, width D, expert_width F, layers L, experts E, stride,
-              checksums (one CRC-32 per whole record as 8 hexadecimal digits, joined)
+24..          JSON: config, dtype (a weight format), width D, expert_width F, layers L, experts E,
+              stride, checksums (one CRC-32 per whole record as 8 hexadecimal digits, joined)
 then          zeros up to a multiple of 4096, then L * E records of `stride` bytes
 """
 
@@ -22,12 +22,13 @@ from pathlib import Path
 
 import numpy as np
 
+from moejax.checkpoints.error_table import ErrorTable
 from moejax.checkpoints.headers import MAX_HEADER, open_regular, parse_json, read_exact
-from moejax.checkpoints.hf import Progress, stream
+from moejax.checkpoints.hf import Progress, pieces
 from moejax.checkpoints.resumable import Pieces, write_all, write_resumable
 from moejax.checkpoints.rules import EXPERTS, Placement, WeightMap
 from moejax.errors import CheckpointError
-from moejax.layout import DTYPES, RECORD_ALIGNMENT, RecordLayout
+from moejax.layout import FORMATS, RECORD_ALIGNMENT, RecordLayout
 
 MAGIC = b"MOEJAXBK"
 VERSION = 1
@@ -100,14 +101,16 @@ def bank_size(config: dict, layout: RecordLayout, layers: int, experts: int) -> 
 
 def _write_bank(
     path: Path,
-    pieces: Callable[[int, int], Pieces],
+    records: Callable[[int, int], Pieces],
     layout: RecordLayout,
     layers: int,
     experts: int,
     config: dict,
     fingerprint: str,
+    errors: ErrorTable | None = None,
+    finished: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write a bank; pieces(data start, done) yields its records' bytes."""
+    """Write a bank; records(data start, done) yields its records' bytes."""
     start, size = bank_size(config, layout, layers, experts)
 
     def finish(descriptor):
@@ -120,8 +123,9 @@ def _write_bank(
         text = _metadata(config, layout, layers, experts, checksums)
         prefix = PREFIX.pack(MAGIC, VERSION, zlib.crc32(text), len(text))
         write_all(descriptor, memoryview(prefix + text), 0)
+        finished()
 
-    write_resumable(path, size, lambda done: pieces(start, done), finish, fingerprint)
+    write_resumable(path, size, lambda done: records(start, done), finish, fingerprint, errors)
 
 
 def fingerprint_of(*parts) -> str:
@@ -140,17 +144,13 @@ def write_placements(
     starts: dict[str, int],
     done: int,
     check_finite: bool,
+    errors: ErrorTable | None,
     progress: Progress | None,
 ) -> Pieces:
     """The pieces of a file in which each target begins at byte starts[target]."""
-    total = sum(placement.source_bytes for placement in placements)
-    read = sum(placement.source_bytes for placement in placements[:done])
-    for finished, placement, at, bits in stream(placements, done, check_finite):
-        position = starts[placement.target] + (placement.start + at) * bits.itemsize
-        yield finished, position, memoryview(bits).cast("B")
-        read += len(bits) * placement.source_bytes // placement.count
-        if progress is not None:
-            progress(read, total)
+    read = pieces(placements, done, check_finite, errors, progress)
+    for finished, target, position, data in read:
+        yield finished, starts[target] + position, memoryview(data)
 
 
 def write_bank(
@@ -160,23 +160,27 @@ def write_bank(
     config: dict,
     *,
     check_finite: bool = True,
+    errors: ErrorTable | None = None,
+    finished: Callable[[], None] = lambda: None,
     progress: Progress | None = None,
 ) -> None:
     """Stream the experts of a planned checkpoint into a bank file, atomically and resumably.
 
     An unfinished bank lies in PATH.partial with PATH.journal; the same call continues it unless
-    the source files have changed. progress(bytes read, bytes in all). Raises CheckpointError when
-    a file cannot be read or written or the disk is full, NonFiniteError as `load` does.
+    the source files have changed. `errors` takes what quantisation cost; finished() is called when
+    it is complete, before `path` appears. progress(bytes read, bytes in all). Raises
+    CheckpointError when a file cannot be read or written or the disk is full, NonFiniteError as
+    `load` does.
     """
     path = Path(path)
     ours = [placement for placement in placements if placement.target == EXPERTS]
 
-    def pieces(start, done):
-        return write_placements(ours, {EXPERTS: start}, done, check_finite, progress)
+    def records(start, done):
+        return write_placements(ours, {EXPERTS: start}, done, check_finite, errors, progress)
 
     layout, layers, experts = weights.layout, weights.expert_layers, weights.experts
     fingerprint = fingerprint_of(ours, source_stats(ours), config, layout, check_finite)
-    _write_bank(path, pieces, layout, layers, experts, config, fingerprint)
+    _write_bank(path, records, layout, layers, experts, config, fingerprint, errors, finished)
 
 
 def write_records(
@@ -186,14 +190,14 @@ def write_records(
     if records.dtype != layout.bits or records.shape[1:] != (layout.elements,):
         raise ValueError(f"records {records.dtype} {records.shape} do not have layout {layout}")
 
-    def pieces(start, done):
+    def whole(start, done):
         for i, record in enumerate(np.ascontiguousarray(records)):
             yield i + 1, start + i * layout.stride, memoryview(record).cast("B")
 
     experts, rest = divmod(len(records), layers)
     if rest or not experts:
         raise ValueError(f"{len(records)} records are not {layers} layers of experts")
-    _write_bank(Path(path), pieces, layout, layers, experts, config, os.urandom(16).hex())
+    _write_bank(Path(path), whole, layout, layers, experts, config, os.urandom(16).hex())
 
 
 def _parse_metadata(path: Path, text: bytes) -> tuple[dict, RecordLayout]:
@@ -203,8 +207,8 @@ def _parse_metadata(path: Path, text: bytes) -> tuple[dict, RecordLayout]:
     for field in COUNTS:
         if type(metadata[field]) is not int or not 0 < metadata[field] < 2**31:
             raise CheckpointError(f"{path}: {field} is {metadata[field]!r}, not a count")
-    if not isinstance(metadata["dtype"], str) or metadata["dtype"] not in DTYPES:
-        raise CheckpointError(f"{path}: dtype {metadata['dtype']!r} is not one of {list(DTYPES)}")
+    if not isinstance(metadata["dtype"], str) or metadata["dtype"] not in FORMATS:
+        raise CheckpointError(f"{path}: dtype {metadata['dtype']!r} is not one of {FORMATS}")
     if not isinstance(metadata["config"], dict):
         raise CheckpointError(f"{path}: its config is not a JSON object")
     layout = RecordLayout(

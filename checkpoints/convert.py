@@ -1,9 +1,13 @@
-"""Converted model directories: config and tokenizer files, dense.safetensors and experts.bank."""
+"""Converted model directories: config and tokenizer files, dense.safetensors and experts.bank.
+
+With quantised weights also quantisation.json: the format of the experts, of every dense parameter
+that is quantised (a U8 tensor in dense.safetensors), and the errors of what was quantised.
+"""
 
 import json
 import math
 import os
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,9 @@ from moejax.checkpoints.bank import (
     write_bank,
     write_placements,
 )
+from moejax.checkpoints.error_table import ErrorTable
+from moejax.checkpoints.gguf_file import is_gguf
+from moejax.checkpoints.gguf_model import read_config
 from moejax.checkpoints.headers import Problems, parse_json, read_header, read_small
 from moejax.checkpoints.hf import SOURCES, Progress, plan_directory
 from moejax.checkpoints.resumable import (
@@ -32,11 +39,13 @@ from moejax.checkpoints.resumable import (
 )
 from moejax.checkpoints.rules import EXPERTS, Placement, WeightMap
 from moejax.errors import CheckpointError
-from moejax.layout import PART_ALIGNMENT, RECORD_ALIGNMENT, aligned_empty
+from moejax.formats import quant_format
+from moejax.layout import PART_ALIGNMENT, QUANTISED, RECORD_ALIGNMENT, aligned_empty
 
 CONFIG = "config.json"
 DENSE = "dense.safetensors"
 BANK = "experts.bank"
+QUANTISATION = "quantisation.json"
 ORIGIN = "converted.json"  # says what the directory was made from; marks it as replaceable
 COPIED = (
     CONFIG,
@@ -51,25 +60,25 @@ COPIED = (
     "chat_template.jinja",
     "chat_template.json",
 )
-NAMES = {value.name: key for key, value in SOURCES.items()}  # bfloat16 -> BF16
+NAMES = {value.name: key for key, value in SOURCES.items()} | {"uint8": "U8"}  # bfloat16 -> BF16
 
 
-def _dense_file(specs: Mapping[str, Any]) -> tuple[bytes, dict[str, int], int]:
+def _dense_file(weights: WeightMap) -> tuple[bytes, dict[str, int], int]:
     """Header, first byte of every path, and size of dense.safetensors.
 
     Safetensors allow no gaps, so paths are sorted by the largest power of two that divides their
     bytes: each then starts at a multiple of its own, and only small odd ones need a copy later.
     """
-    sizes = {
-        path: math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for path, spec in specs.items()
-    }
-    order = sorted(specs, key=lambda path: (-(sizes[path] & -sizes[path]), path))
+    held = {path: weights.held(path) for path in weights.specs}
+    sizes = {path: math.prod(shape) * dtype.itemsize for path, (shape, dtype) in held.items()}
+    order = sorted(held, key=lambda path: (-(sizes[path] & -sizes[path]), path))
     entries, position = {"__metadata__": {"format": "moejax"}}, 0
     for path in order:
+        shape, dtype = held[path]
         end = position + sizes[path]
         entries[path] = {
-            "dtype": NAMES[np.dtype(specs[path].dtype).name],
-            "shape": list(specs[path].shape),
+            "dtype": NAMES[dtype.name],
+            "shape": list(shape),
             "data_offsets": [position, end],
         }
         position = end
@@ -88,18 +97,40 @@ def _write_dense(
     check_finite: bool,
     progress: Progress | None,
 ) -> None:
-    header, starts, size = _dense_file(weights.specs)
+    header, starts, size = _dense_file(weights)
+    errors = ErrorTable()
+
+    def finish(descriptor):
+        write_all(descriptor, memoryview(header), 0)
+        _note_errors(path.parent, weights, errors)
+
     write_resumable(
         path,
         size,
-        lambda done: write_placements(placements, starts, done, check_finite, progress),
-        lambda descriptor: write_all(descriptor, memoryview(header), 0),
+        lambda done: write_placements(placements, starts, done, check_finite, errors, progress),
+        finish,
         fingerprint,
+        errors,
     )
 
 
+def _note_errors(directory: Path, weights: WeightMap, errors: ErrorTable) -> None:
+    """Add what one of the files cost to a quantised directory's quantisation.json."""
+    if weights.quant is None:
+        return
+    path, noted = directory / QUANTISATION, {}
+    if path.exists():
+        noted = parse_json(read_small(path), str(path))["errors"]
+    about = {
+        "quant": weights.quant,
+        "formats": weights.formats,
+        "errors": noted | errors.rows(),
+    }
+    write_small(path, json.dumps(about, indent=2).encode())
+
+
 def _converted_size(weights: WeightMap, config: dict) -> int:
-    size = _dense_file(weights.specs)[2]
+    size = _dense_file(weights)[2]
     if weights.layout is not None:
         size += bank_size(config, weights.layout, weights.expert_layers, weights.experts)[1]
     return size
@@ -115,7 +146,11 @@ def _written(temporary: Path) -> int:
 def _names() -> set[str]:
     """Every name that a conversion gives to a file, for however short a time."""
     suffixes = ("", ".tmp", ".partial", ".journal", ".journal.tmp")
-    return {name + suffix for name in (*COPIED, ORIGIN, DENSE, BANK) for suffix in suffixes}
+    return {
+        name + suffix
+        for name in (*COPIED, ORIGIN, QUANTISATION, DENSE, BANK)
+        for suffix in suffixes
+    }
 
 
 def _is_ours(directory: Path) -> bool:
@@ -177,12 +212,17 @@ def convert_directory(
     target: Path,
     weights: WeightMap,
     *,
+    quant: str | None = None,
+    group: int = 32,
     force: bool = False,
     check_finite: bool = True,
     progress: Progress | None = None,
-) -> None:
-    """Convert a Hugging Face safetensors directory into one that needs no conversion to run.
+) -> dict[str, dict[str, float]]:
+    """Convert a Hugging Face safetensors directory or a .gguf file into one that is mapped to run.
 
+    `weights` describes the float model; quant "int8" or "int4" (in groups of 32 or 64 columns)
+    quantises its linear maps. Returns, by kind of tensor, their number and the mean and maximum of
+    their relative RMS errors, empty without `quant`; they are also in quantisation.json.
     Everything is written to TARGET.partial, which is renamed when complete: `target` is absent,
     the previous one (force), or whole. A killed conversion continues when it is run again, unless
     the source has changed. progress(bytes read, bytes in all). Raises CheckpointError as `load`
@@ -190,11 +230,10 @@ def convert_directory(
     NonFiniteError as `load` does.
     """
     source, target = Path(source), Path(target)
+    weights = weights.quantised(quant_format(quant, group))
     _check_target(source, target, force)
-    config = parse_json(read_small(source / CONFIG), str(source / CONFIG))
+    config, contents = _small_files(source)
     placements = plan_directory(source, weights)
-    copied = [name for name in COPIED if (source / name).is_file()]
-    contents = {name: read_small(source / name) for name in copied}
     stats = source_stats(placements)
     fingerprint = fingerprint_of(placements, stats, contents, weights.layout, check_finite)
     dense = [placement for placement in placements if placement.target != EXPERTS]
@@ -212,12 +251,15 @@ def convert_directory(
             if not (temporary / DENSE).exists():
                 _write_dense(temporary / DENSE, dense, weights, fingerprint, check_finite, on_dense)
             if weights.layout is not None and not (temporary / BANK).exists():
+                errors = ErrorTable()
                 write_bank(
                     temporary / BANK,
                     placements,
                     weights,
                     config,
                     check_finite=check_finite,
+                    errors=errors,
+                    finished=partial(_note_errors, temporary, weights, errors),
                     progress=on_experts,
                 )
             for name, content in contents.items():
@@ -225,6 +267,33 @@ def convert_directory(
             for path in map(temporary.joinpath, (DENSE, BANK)):
                 journal_path(path).unlink(missing_ok=True)
             _replace(temporary, target)
+    return quantisation(target)["errors"] if weights.quant else {}
+
+
+def _small_files(source: Path) -> tuple[dict, dict[str, bytes]]:
+    """The model's config.json, and the bytes of the files to copy; a GGUF file's lie beside it."""
+    directory = source.parent if is_gguf(source) else source
+    contents = {n: read_small(directory / n) for n in COPIED if (directory / n).is_file()}
+    if is_gguf(source):
+        config = read_config(source)
+        return config, contents | {CONFIG: json.dumps(config, indent=2).encode()}
+    if CONFIG not in contents:
+        raise CheckpointError(f"{source / CONFIG} is missing: give a Hugging Face model directory")
+    return parse_json(contents[CONFIG], str(source / CONFIG)), contents
+
+
+def quantisation(directory: Path) -> dict[str, Any] | None:
+    """What quantisation.json says of a converted directory, None if its weights are floats.
+
+    Raises CheckpointError when it is malformed.
+    """
+    path = Path(directory) / QUANTISATION
+    if not path.is_file():
+        return None
+    about = parse_json(read_small(path), str(path))
+    if about.get("quant") not in QUANTISED or not isinstance(about.get("errors"), dict):
+        raise CheckpointError(f"{path} is damaged: convert the model again")
+    return about
 
 
 def is_converted(directory: Path) -> bool:
@@ -232,15 +301,17 @@ def is_converted(directory: Path) -> bool:
     return (Path(directory) / DENSE).is_file()
 
 
-def _load_dense(path: Path, specs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _load_dense(path: Path, weights: WeightMap) -> dict[str, np.ndarray]:
+    held = {name: weights.held(name) for name in weights.specs}
     tensors = {tensor.name: tensor for tensor in read_header(path)}
     problems = Problems()
-    for name in sorted(tensors.keys() | specs.keys()):
-        spec, tensor = specs.get(name), tensors.get(name)
-        if spec is None or tensor is None:
-            problems.add("extra" if spec is None else "missing", name)
+    for name in sorted(tensors.keys() | held.keys()):
+        tensor = tensors.get(name)
+        if name not in held or tensor is None:
+            problems.add("missing" if tensor is None else "extra", name)
             continue
-        wanted = (NAMES[np.dtype(spec.dtype).name], tuple(spec.shape))
+        shape, dtype = held[name]
+        wanted = (NAMES[dtype.name], shape)
         if (tensor.dtype, tensor.shape) != wanted:
             problems.add("shape", name, f"is {tensor.dtype} {tensor.shape}, needs {wanted}")
     problems.raise_if_any(f"{path} does not fit its config")
@@ -252,7 +323,7 @@ def _load_dense(path: Path, specs: Mapping[str, Any]) -> dict[str, np.ndarray]:
             copy = aligned_empty(array.shape, np.uint8)
             copy[:] = array
             array = copy
-        params[name] = array.view(specs[name].dtype).reshape(tensor.shape)
+        params[name] = array.view(held[name][1]).reshape(tensor.shape)
     return params
 
 
@@ -261,11 +332,17 @@ def load_converted(
 ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     """Map a converted directory: dense parameters by path and records [L * E, R], as `load` does.
 
-    Nothing is read or copied but small unaligned parameters; everything mapped is read-only.
-    Raises CheckpointError when a file is absent or malformed or does not fit `weights`.
+    `weights` describes the float model; what is stored quantised comes as `WeightMap.held` says,
+    in the format of `quantisation`. Nothing is read or copied but small unaligned parameters;
+    everything mapped is read-only. Raises CheckpointError when a file is absent or malformed or
+    does not fit `weights`.
     """
     directory = Path(directory)
-    params = _load_dense(directory / DENSE, weights.specs)
+    if about := quantisation(directory):
+        weights = weights.quantised(about["quant"])
+        if about.get("formats") != weights.formats:
+            raise CheckpointError(f"{directory / QUANTISATION} does not fit the config")
+    params = _load_dense(directory / DENSE, weights)
     if weights.layout is None:
         return params, None
     bank = open_bank(directory / BANK)

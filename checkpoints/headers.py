@@ -21,6 +21,17 @@ DTYPE_BITS = (
     | dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
     | {"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 )
+# Tensors of GGUF files that are made of blocks along a row: weights and bytes of one block.
+GGUF_BLOCKS = {
+    "Q4_0": (32, 18),
+    "Q4_1": (32, 20),
+    "Q5_0": (32, 22),
+    "Q5_1": (32, 24),
+    "Q8_0": (32, 34),
+    "Q4_K": (256, 144),
+    "Q5_K": (256, 176),
+    "Q6_K": (256, 210),
+}
 MAX_HEADER = 100_000_000  # bytes, the safetensors library's own limit
 MAX_RANK = 32
 SINGLE = "model.safetensors"
@@ -30,14 +41,15 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a safetensors file: where its bytes lie and how to read them."""
+    """One tensor of a safetensors or GGUF file: where its bytes lie and how to read them."""
 
     name: str
-    dtype: str  # as safetensors spells it: BF16, F32, F8_E4M3
+    dtype: str  # as safetensors spells it, BF16, F32, F8_E4M3, or a key of GGUF_BLOCKS
     shape: tuple[int, ...]
     file: Path
     start: int  # first byte, counted from the beginning of the file
     nbytes: int
+    head_rows: int = 0  # > 0: the rows of each such head lie as llama.cpp's rotation wants them
 
 
 class Problems:

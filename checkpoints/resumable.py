@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
 from moejax.checkpoints.headers import parse_json, read_small
 from moejax.errors import CheckpointError
@@ -17,6 +18,16 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 # (units finished once this is written, first byte, bytes)
 Pieces = Iterable[tuple[int, int, memoryview]]
+
+
+class State(Protocol):
+    """What is gathered while a file is written and has to survive a kill, as JSON values."""
+
+    def export(self) -> dict[str, Any]:
+        """All of it, of the units that are finished."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Become what was exported."""
 
 
 def partial_path(path: Path) -> Path:
@@ -97,14 +108,16 @@ def locked(path: Path, flags: int) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _finished_units(path: Path, descriptor: int, size: int, fingerprint: str) -> int:
+def _noted(path: Path, descriptor: int, size: int, fingerprint: str) -> tuple[int, dict[str, Any]]:
+    """Finished units and the state of an unfinished file, 0 and nothing if it is of no use."""
     try:
         noted = parse_json(read_small(journal_path(path)), "journal")
     except CheckpointError:
-        return 0
-    done = noted.get("done")
+        return 0, {}
+    done, state = noted.get("done"), noted.get("state", {})
     same = noted.get("fingerprint") == fingerprint and os.fstat(descriptor).st_size == size
-    return done if same and type(done) is int and done > 0 else 0
+    usable = same and type(done) is int and done > 0 and isinstance(state, dict)
+    return (done, state) if usable else (0, {})
 
 
 def write_resumable(
@@ -113,23 +126,29 @@ def write_resumable(
     pieces: Callable[[int], Pieces],
     finish: Callable[[int], None],
     fingerprint: str,
+    state: State | None = None,
 ) -> None:
     """Write a file of `size` bytes under another name, then rename it: `path` is old or complete.
 
     pieces(done) yields what remains after `done` units; what is never written stays zero.
     finish(descriptor) then reads and completes the file. After a kill, the same call with the same
-    fingerprint goes on at the last note in the journal. Raises CheckpointError when the disk is
-    full, when another process writes the same file, and for every other failed write.
+    fingerprint goes on at the last note in the journal, with `state` as it was then. Raises
+    CheckpointError when the disk is full, when another process writes the same file, and for
+    every other failed write.
     """
     partial = partial_path(path)
 
     def note(done):
         os.fsync(descriptor)
-        text = json.dumps({"fingerprint": fingerprint, "done": done})
-        write_small(journal_path(path), text.encode())
+        noted = {"fingerprint": fingerprint, "done": done}
+        if state is not None:
+            noted["state"] = state.export()
+        write_small(journal_path(path), json.dumps(noted).encode())
 
     with write_errors(path, size), locked(partial, os.O_RDWR | os.O_CREAT) as descriptor:
-        done = _finished_units(path, descriptor, size, fingerprint)
+        done, noted = _noted(path, descriptor, size, fingerprint)
+        if state is not None:
+            state.restore(noted)
         if not done:
             # First the journal: an old one must never vouch for what is written from here on.
             journal_path(path).unlink(missing_ok=True)

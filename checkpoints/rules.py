@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from moejax.checkpoints.headers import Problems, TensorInfo
-from moejax.layout import DTYPES, RecordLayout
+from moejax.checkpoints.headers import GGUF_BLOCKS, Problems, TensorInfo
+from moejax.formats import held_shape, matrix_layout, parameter_format
+from moejax.layout import DTYPES, QUANTISED, MatrixLayout, RecordLayout
 
 EXPERTS = "experts"
 EXPERT_TARGETS = ("experts/gate_up", "experts/down")
@@ -81,6 +82,8 @@ class WeightMap:
     has no such tensor or the model has no such layer; for "experts/..." the expert layer's number.
     layout, expert_layers (L), experts (E): of the records, [L * E, R]; left out for a dense model.
     A rule whose target has no spec (or no layout) never applies.
+    quant: a quantised format for the linear maps (see `quantised`), None for floats; specs stay
+    those of the float weights.
     """
 
     rules: Sequence[Rule]
@@ -89,6 +92,7 @@ class WeightMap:
     layout: RecordLayout | None = None
     expert_layers: int = 0
     experts: int = 0
+    quant: str | None = None
 
     def __post_init__(self):
         unfilled = set(self.specs) - {rule.target for rule in self.rules}
@@ -103,6 +107,34 @@ class WeightMap:
                 continue
             if spec.shape[int(rule.stacked)] % 2:
                 raise ValueError(f"{rule.target} has no halves: {spec.shape}")
+
+    def quantised(self, quant: str | None) -> "WeightMap":
+        """The same model with its linear maps in a quantised format; None changes nothing."""
+        if quant is None:
+            return self
+        if quant not in QUANTISED:
+            raise ValueError(f"{quant} is not one of {QUANTISED}")
+        layout = self.layout and dataclasses.replace(self.layout, dtype=quant)
+        return dataclasses.replace(self, layout=layout, quant=quant)
+
+    @functools.cached_property
+    def formats(self) -> dict[str, str]:
+        """Formats of the dense parameters that are quantised."""
+        if self.quant is None:
+            return {}
+        tied = "head/weight" not in self.specs
+        named = {
+            path: parameter_format(path, np.dtype(spec.dtype).name, self.quant, tied)
+            for path, spec in self.specs.items()
+        }
+        return {path: format for path, format in named.items() if format in QUANTISED}
+
+    def held(self, path: str) -> tuple[tuple[int, ...], np.dtype]:
+        """Shape and dtype in which a dense parameter is held: u8 [..., bytes] where quantised."""
+        shape, dtype = tuple(self.specs[path].shape), np.dtype(self.specs[path].dtype)
+        if path not in self.formats:
+            return shape, dtype
+        return held_shape(shape, self.formats[path]), np.dtype(np.uint8)
 
     @property
     def records_shape(self) -> tuple[int, int] | None:
@@ -120,13 +152,16 @@ class Placement:
     skip: int  # first element, within the tensor
     count: int  # elements
     target: str  # a dense path, or "experts" for the records
-    start: int  # first element, within the flat target
-    dtype: str  # the target's: "bfloat16" or "float32"
+    start: int  # first element within the flat target; where quantised, first byte of the matrix
+    dtype: str  # the target's: "bfloat16" or "float32"; "float32" where quantised
+    matrix: MatrixLayout | None = None  # of the quantised matrix
+    row: int = 0  # of it, that the run begins with
+    kind: str = ""  # the rule's target, such as "experts/down"
 
     @property
     def source_bytes(self) -> int:
         """Bytes to read."""
-        return self.count * (2 if self.tensor.dtype in ("BF16", "F16") else 4)
+        return self.tensor.nbytes * self.count // max(math.prod(self.tensor.shape), 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +175,8 @@ class _Slot:
     starts: Iterable[int]
     dtype: str
     halves: Sequence[int]
+    matrix: MatrixLayout | None
+    row: int
 
 
 class _Planner:
@@ -177,21 +214,29 @@ class _Planner:
         limit = self.size(rule.target)
         if not 0 <= index < limit:
             raise ValueError(f"stack_index gave {index} of {limit} for {rule.target}, {numbers}")
+        matrix, row = None, 0
         if rule.is_expert:
             if numbers.get("expert", 0) >= weights.experts:
                 return None
-            base, shape = weights.layout.parts[rule.target.removeprefix("experts/")]
-            stride, dtype = weights.layout.elements, weights.layout.dtype
+            part, layout = rule.target.removeprefix("experts/"), weights.layout
+            base, stride, dtype = layout.parts[part][0], layout.elements, layout.dtype
             first = index * weights.experts + numbers.get("expert", 0)
             records = range(first, first + (1 if "expert" in numbers else weights.experts))
+            matrix = layout.matrices[part]
+            shape = (matrix.rows, matrix.cols)
         else:
             spec = weights.specs[rule.target]
             shape = tuple(spec.shape[1:] if rule.stacked else spec.shape)
             base, stride, dtype = 0, math.prod(shape), np.dtype(spec.dtype).name
             records = (index,)
+            if rule.target in weights.formats:
+                matrix = matrix_layout(shape, weights.formats[rule.target])
+                stride, dtype = matrix.bytes, matrix.format
+        quantised = dtype in QUANTISED
         if rule.half is not None:
             shape = (shape[0] // 2, *shape[1:])
-            base += rule.half * math.prod(shape)
+            row = rule.half * shape[0]
+            base += 0 if quantised else rule.half * math.prod(shape)
         fused = rule.is_expert and "expert" not in numbers
         return _Slot(
             shape=(weights.experts, *shape) if fused else shape,
@@ -199,8 +244,10 @@ class _Planner:
             expert=numbers.get("expert"),
             count=math.prod(shape),
             starts=(base + i * stride for i in records),
-            dtype=dtype,
+            dtype="float32" if quantised else dtype,
             halves=range(self.halves[rule.target]) if rule.half is None else (rule.half,),
+            matrix=matrix if quantised else None,
+            row=row,
         )
 
     def add(self, tensor: TensorInfo) -> None:
@@ -225,7 +272,7 @@ class _Planner:
 
         if tensor.dtype.startswith(QUANTISED_DTYPES):
             problem("quantised", f"({tensor.dtype})")
-        elif tensor.dtype not in SOURCE_DTYPES:
+        elif tensor.dtype not in SOURCE_DTYPES and tensor.dtype not in GGUF_BLOCKS:
             problem("dtype", f"is {tensor.dtype}, needs one of {', '.join(SOURCE_DTYPES)}")
         elif tensor.shape != slot.shape:
             problem("shape", f"is {list(tensor.shape)}, needs {list(slot.shape)}")
@@ -243,7 +290,17 @@ class _Planner:
         target = EXPERTS if rule.is_expert else rule.target
         for i, start in enumerate(slot.starts):
             self.placements.append(
-                Placement(tensor, i * slot.count, slot.count, target, start, slot.dtype)
+                Placement(
+                    tensor,
+                    i * slot.count,
+                    slot.count,
+                    target,
+                    start,
+                    slot.dtype,
+                    slot.matrix,
+                    slot.row,
+                    rule.target,
+                )
             )
 
     def rule_for(self, target: str, half: int) -> Rule:

@@ -1,5 +1,7 @@
 """Converts a model over and over, killed at each call that changes the disk, and checks the rest.
 
+Arguments: a directory to work in, and "int8" or "int4" to quantise.
+
 Prints how many kills there were and after how many the next run had not everything to read.
 """
 
@@ -18,13 +20,15 @@ from ckpt_models import Model, assert_equal
 from moejax.checkpoints import resumable
 from moejax.checkpoints.bank import open_bank, write_bank
 from moejax.checkpoints.convert import convert_directory, load_converted
-from moejax.checkpoints.hf import plan_directory
+from moejax.checkpoints.hf import load, plan_directory
+from moejax.formats import quant_format
 
-BASE = Path(sys.argv[1])
+BASE, QUANT = Path(sys.argv[1]), (*sys.argv, None)[2]
 SOURCE, TARGET, OLD = BASE / "source", BASE / "target", BASE / "target.old"
 UNFINISHED, EXPERT_TENSORS = BASE / "target.partial", 2 * 2 * 3
 CALLS = ("pwrite", "fsync", "replace", "rename", "truncate", "unlink", "rmdir", "mkdir")
 MODEL, PREVIOUS = Model(moe=(True, True), experts=2), Model(moe=(True, True), experts=2, seed=1)
+WEIGHTS = MODEL.weights.quantised(quant_format(QUANT))
 
 # A kill, unlike a power cut, does not lose what is not synchronised; it takes most of the time.
 os.fsync = lambda descriptor: None
@@ -50,7 +54,7 @@ def kill_at(number: int) -> None:
 
 
 def convert(progress=None) -> None:
-    convert_directory(SOURCE, TARGET, MODEL.weights, force=True, progress=progress)
+    convert_directory(SOURCE, TARGET, MODEL.weights, quant=QUANT, force=True, progress=progress)
 
 
 def count(chunks: list[int], done: int, total: int) -> None:
@@ -81,8 +85,9 @@ def check_directory() -> tuple[int, int]:
     new = content(TARGET)
     shutil.rmtree(TARGET)
     PREVIOUS.write(BASE / "previous")
-    convert_directory(BASE / "previous", BASE / "kept", PREVIOUS.weights)
+    convert_directory(BASE / "previous", BASE / "kept", PREVIOUS.weights, quant=QUANT)
     old = content(BASE / "kept")
+    expected = load(SOURCE, WEIGHTS) if QUANT else MODEL.expected()
     kills = resumed = 0
     while True:
         shutil.copytree(BASE / "kept", TARGET)
@@ -100,7 +105,7 @@ def check_directory() -> tuple[int, int]:
         assert not dense_done or chunks[0] <= EXPERT_TENSORS, (kills, chunks)
         resumed += chunks[0] < all_chunks[0]
         params, records = load_converted(TARGET, MODEL.weights)
-        assert_equal((params, np.asarray(records)), MODEL.expected())
+        assert_equal((params, np.asarray(records)), expected)
         open_bank(TARGET / "experts.bank").verify()
         left = {"kept", "previous", "source", "target"}
         assert set(os.listdir(BASE)) == left, (kills, os.listdir(BASE))
@@ -111,10 +116,10 @@ def check_bank() -> int:
     """Kills of a bank file written where another one lies."""
     where = BASE / "banks"
     where.mkdir()
-    path, placements = where / "b", plan_directory(SOURCE, MODEL.weights)
+    path, placements = where / "b", plan_directory(SOURCE, WEIGHTS)
 
     def write():
-        write_bank(path, placements, MODEL.weights, {})
+        write_bank(path, placements, WEIGHTS, {})
 
     write()
     new, kills = path.read_bytes(), 0
