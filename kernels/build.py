@@ -1,0 +1,181 @@
+"""Compile, load and register the native CPU kernels; without a compiler there are none."""
+
+import concurrent.futures
+import ctypes
+import functools
+import hashlib
+import os
+import pathlib
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import jax
+import jaxlib
+
+from moejax.errors import MoejaxError
+
+SOURCES = pathlib.Path(__file__).parent / "native"
+MATH = "math.cc"  # compiled once per instruction set
+FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-pthread",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",  # fused multiply-adds only where the source says so: one result per row
+    "-fno-math-errno",
+]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+ISAS = {
+    "x86_64": {
+        "baseline": [],
+        "avx2": AVX2,
+        "avx512": AVX512,
+        "avx512bf16": [*AVX512, "-mavx512bf16"],
+    },
+    "aarch64": {"neon": []},
+}
+MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
+
+
+def compiler() -> list[str] | None:
+    """Command of the C++ compiler: $CXX, or the first of g++, clang++ and c++ on the path."""
+    if os.environ.get("CXX"):
+        return shlex.split(os.environ["CXX"])
+    found = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    return found and [found]
+
+
+def build(force: bool = False) -> pathlib.Path:
+    """Path of the compiled library, compiled now unless the cache has it or with `force`.
+
+    Raises MoejaxError without a compiler, with the compiler's output when it fails, and when the
+    cache directory cannot be written.
+    """
+    command = compiler()
+    if command is None:
+        raise MoejaxError("no C++ compiler found (install g++ or clang, then moejax build-native)")
+    isas = _isas(command)
+    path = _cache() / _key(command, isas) / ("moejax" + _suffix())
+    if path.exists() and not force:
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as directory:
+            # A rename is atomic: processes that build at the same time see one library or none.
+            os.replace(_compile(command, isas, pathlib.Path(directory)), path)
+    except OSError as error:
+        raise MoejaxError(
+            f"cannot write the native kernels to {path.parent}: {error} (set XDG_CACHE_HOME)"
+        ) from error
+    return path
+
+
+def library() -> ctypes.CDLL | None:
+    """The loaded library with its handlers registered, or None; `status` says why."""
+    return _load()[0]
+
+
+def status() -> str:
+    """One line: which native kernels are in use, or why none are."""
+    loaded, text = _load()
+    if loaded is None:
+        return f"reference path: {text}"
+    return f"native kernels: {loaded.moejax_isa().decode()} ({text})"
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    if os.environ.get("MOEJAX_NATIVE") == "0":
+        return None, "native kernels are switched off (MOEJAX_NATIVE=0)"
+    try:
+        path = build()
+        loaded = ctypes.CDLL(str(path))
+        loaded.moejax_handlers.restype = ctypes.c_char_p
+        loaded.moejax_isa.restype = ctypes.c_char_p
+        loaded.moejax_set_isa.argtypes = [ctypes.c_char_p]
+        loaded.moejax_set_workers.argtypes = [ctypes.c_int]
+        for name in loaded.moejax_handlers().decode().split(","):
+            capsule = jax.ffi.pycapsule(getattr(loaded, name))
+            jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+    except MoejaxError as error:
+        return None, str(error)
+    except (OSError, AttributeError, RuntimeError) as error:
+        return None, f"the native kernels do not load: {error} (try moejax build-native --force)"
+    return loaded, str(path)
+
+
+def _cache() -> pathlib.Path:
+    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(root) / "moejax" / "native"
+
+
+def _suffix() -> str:
+    return ".dylib" if sys.platform == "darwin" else ".so"
+
+
+def _isas(command: list[str]) -> dict[str, list[str]]:
+    """Flags per instruction set of this machine's architecture that the compiler knows."""
+    machine = platform.machine().lower()
+    known = ISAS.get(MACHINES.get(machine, machine))
+    if known is None:
+        raise MoejaxError(f"there are no native kernels for {machine} processors")
+
+    def accepted(flags: list[str]) -> bool:
+        probe = [*command, *flags, "-x", "c++", "-E", os.devnull]
+        return _run(probe).returncode == 0
+
+    return {name: flags for name, flags in known.items() if not flags or accepted(flags)}
+
+
+def _key(command: list[str], isas: dict[str, list[str]]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.glob("*.*")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    version = _run([*command, "--version"]).stdout
+    digest.update(repr((jaxlib.__version__, command, version, FLAGS, isas)).encode())
+    return digest.hexdigest()[:24]
+
+
+def _compile(
+    command: list[str], isas: dict[str, list[str]], directory: pathlib.Path
+) -> pathlib.Path:
+    """Compile every object in parallel, then link them; the library's path in `directory`."""
+    common = [*FLAGS, f"-I{jax.ffi.include_dir()}", *(f"-DMOEJAX_HAS_{name}" for name in isas)]
+    jobs = [(path.name, path.stem, []) for path in sorted(SOURCES.glob("*.cc"))]
+    jobs = [job for job in jobs if job[0] != MATH]
+    jobs += [
+        (MATH, f"math_{name}", [*flags, f"-DMOEJAX_ISA={name}"]) for name, flags in isas.items()
+    ]
+
+    def one(job: tuple[str, str, list[str]]) -> str:
+        source, stem, flags = job
+        target = str(directory / f"{stem}.o")
+        _check([*command, *common, *flags, "-c", str(SOURCES / source), "-o", target])
+        return target
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(one, jobs))
+    target = directory / ("moejax" + _suffix())
+    _check([*command, "-shared", "-pthread", *objects, "-o", str(target)])
+    return target
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise MoejaxError(f"cannot run the C++ compiler {command[0]}: {error}") from error
+
+
+def _check(command: list[str]) -> None:
+    done = _run(command)
+    if done.returncode:
+        raise MoejaxError(
+            f"the native kernels do not compile:\n{shlex.join(command)}\n{done.stderr}"
+        )

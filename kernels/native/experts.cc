@@ -1,0 +1,190 @@
+// Gated feed-forward networks of the picked experts, read in place from a table of records.
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "handlers.h"
+#include "kernels.h"
+#include "parallel.h"
+#include "scratch.h"
+#include "work.h"
+
+namespace moejax {
+namespace {
+
+struct Group {          // the picks of one expert
+  const uint8_t* record;
+  int64_t first, count;  // in the list of picks
+};
+
+struct Plan {
+  std::vector<Group> groups;
+  std::vector<int64_t> picks;  // n * K + k, grouped by expert
+};
+
+std::string plan(const uint8_t* source, int64_t records, int64_t stride, const int32_t* index,
+                 int64_t experts, const int32_t* picks, int64_t count, Plan& out) {
+  std::vector<int64_t> sizes(experts, 0);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t expert = picks[i];
+    if (expert < -1 || expert >= experts) return "pick of expert " + std::to_string(expert);
+    if (expert >= 0 && index[expert] >= 0) ++sizes[expert];
+  }
+  std::vector<int64_t> next(experts, 0);
+  int64_t total = 0;
+  for (int64_t e = 0; e < experts; ++e) {
+    if (!sizes[e]) continue;
+    if (index[e] >= records) return "record " + std::to_string(index[e]);
+    out.groups.push_back({source + index[e] * stride, total, sizes[e]});
+    next[e] = total;
+    total += sizes[e];
+  }
+  out.picks.resize(total);
+  for (int64_t i = 0; i < count; ++i) {
+    if (picks[i] >= 0 && index[picks[i]] >= 0) out.picks[next[picks[i]]++] = i;
+  }
+  return "";
+}
+
+// Multiplies rows [row0, row1) by the activation rows from(m) of a group, into to(m)[row].
+template <class From, class To>
+void multiply(const Kernels& k, const Matrix& matrix, bool round, int64_t row0, int64_t row1,
+              int64_t count, const From& from, const To& to) {
+  const void* x[kBlockRows];
+  float* y[kBlockRows];
+  for (int64_t m = 0; m < count; ++m) {
+    x[m] = from(m);
+    y[m] = to(m);
+  }
+  k.multiply(matrix, round, row0, row1, x, count, y);
+}
+
+class Call {
+ public:
+  Call(const Kernels& kernels, const Plan& plan, int64_t width, int64_t expert_width,
+       int64_t top_k, Format format, int64_t gate_up_offset, int64_t down_offset)
+      : k_(kernels), plan_(plan), width_(width), hidden_(expert_width), top_k_(top_k),
+        format_(format), round_(format == kBfloat16), gate_up_offset_(gate_up_offset),
+        down_offset_(down_offset) {}
+
+  void run(ffi::ThreadPool& pool, const float* x, int64_t tokens, float* y) {
+    const int64_t total = static_cast<int64_t>(plan_.picks.size());
+    if (!total) return;
+    x_stride_ = k_.packed_bytes(width_, round_);
+    h_stride_ = k_.packed_bytes(hidden_, round_);
+    x_ = scratch(tokens * x_stride_);
+    h_ = scratch(total * h_stride_);
+    pack_rows(pool, k_, x, tokens, width_, round_, x_.get());
+    const int64_t groups = static_cast<int64_t>(plan_.groups.size());
+    const Matrix gate_up{nullptr, 2 * hidden_, width_, format_};
+    const Matrix down{nullptr, width_, hidden_, format_};
+    const bool small = is_small(groups * (gate_up.bytes() + down.bytes()), total / groups);
+    // As many rows of gate as of up; long runs, since the first rows of each come unannounced,
+    // but enough tasks to share out.
+    const int64_t fair = round_up(groups * hidden_ / kLeastTasks + 1, 16);
+    up_chunk_ = std::min({kMaxHidden, chunk_rows(gate_up, 1), fair});
+    down_chunk_ = chunk_rows(down, 1);
+    const int64_t ups = (hidden_ + up_chunk_ - 1) / up_chunk_;
+    const int64_t downs = (width_ + down_chunk_ - 1) / down_chunk_;
+    parallel_for(pool, groups * ups, small,
+                 [&](int64_t i) { up(plan_.groups[i / ups], i % ups * up_chunk_); });
+    parallel_for(pool, groups * downs, small,
+                 [&](int64_t i) { lower(plan_.groups[i / downs], i % downs * down_chunk_, y); });
+  }
+
+ private:
+  static constexpr int64_t kMaxHidden = 128, kLeastTasks = 16;
+
+  // Hidden values [f0, f0 + up_chunk_) of one expert's picks.
+  void up(const Group& group, int64_t f0) {
+    const int64_t f1 = std::min(hidden_, f0 + up_chunk_), width = f1 - f0;
+    const Matrix matrix{group.record + gate_up_offset_, 2 * hidden_, width_, format_};
+    float gate[kBlockRows][kMaxHidden], up[kBlockRows][kMaxHidden], h[kMaxHidden];
+    for (int64_t at = 0; at < group.count; at += kBlockRows) {
+      const int64_t first = group.first + at, some = std::min(kBlockRows, group.count - at);
+      auto token = [&](int64_t m) {
+        return x_.get() + plan_.picks[first + m] / top_k_ * x_stride_;
+      };
+      multiply(k_, matrix, round_, f0, f1, some, token, [&](int64_t m) { return gate[m] - f0; });
+      multiply(k_, matrix, round_, hidden_ + f0, hidden_ + f1, some, token,
+               [&](int64_t m) { return up[m] - hidden_ - f0; });
+      for (int64_t m = 0; m < some; ++m) {
+        uint8_t* row = h_.get() + (first + m) * h_stride_;
+        k_.swiglu(gate[m], up[m], width, h);
+        k_.pack(h, width, round_, row, f0);
+        if (f1 == hidden_) k_.pad(row, hidden_, round_);
+      }
+    }
+  }
+
+  // Results [d0, d0 + down_chunk_) of one expert's picks.
+  void lower(const Group& group, int64_t d0, float* y) {
+    const int64_t d1 = std::min(width_, d0 + down_chunk_);
+    const Matrix matrix{group.record + down_offset_, width_, hidden_, format_};
+    for (int64_t at = 0; at < group.count; at += kBlockRows) {
+      const int64_t first = group.first + at, some = std::min(kBlockRows, group.count - at);
+      auto hidden = [&](int64_t m) { return h_.get() + (first + m) * h_stride_; };
+      auto result = [&](int64_t m) { return y + plan_.picks[first + m] * width_; };
+      multiply(k_, matrix, round_, d0, d1, some, hidden, result);
+    }
+  }
+
+  const Kernels& k_;
+  const Plan& plan_;
+  int64_t width_, hidden_, top_k_;
+  Format format_;
+  bool round_;
+  int64_t gate_up_offset_, down_offset_;
+  int64_t x_stride_ = 0, h_stride_ = 0, up_chunk_ = 0, down_chunk_ = 0;
+  Scratch x_, h_;
+};
+
+ffi::Error Experts(ffi::ThreadPool pool, ffi::AnyBuffer source, ffi::Buffer<ffi::S32> index,
+                   ffi::Buffer<ffi::S32> picks, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> y_in,
+                   ffi::ResultBuffer<ffi::F32> y, int64_t width, int64_t expert_width,
+                   int64_t format, int64_t gate_up_offset, int64_t down_offset) {
+  const auto shape = picks.dimensions();
+  const int64_t tokens = shape[0], top_k = shape[1], records = source.dimensions()[0];
+  if (y->typed_data() != y_in.typed_data()) {
+    std::memcpy(y->typed_data(), y_in.typed_data(), y_in.size_bytes());
+  }
+  if (!records || !tokens || !top_k) return ffi::Error::Success();
+  const int64_t stride = static_cast<int64_t>(source.size_bytes()) / records;
+  const Matrix gate_up{nullptr, 2 * expert_width, width, static_cast<Format>(format)};
+  const Matrix down{nullptr, width, expert_width, static_cast<Format>(format)};
+  if (gate_up_offset + gate_up.bytes() > stride || down_offset + down.bytes() > stride) {
+    return ffi::Error::InvalidArgument("moejax_experts: a record of " + std::to_string(stride) +
+                                       " bytes is too short for its matrices");
+  }
+  Plan grouped;
+  const auto* data = static_cast<const uint8_t*>(source.untyped_data());
+  const auto known = static_cast<int64_t>(index.element_count());
+  const std::string wrong = plan(data, records, stride, index.typed_data(), known,
+                                 picks.typed_data(), tokens * top_k, grouped);
+  if (!wrong.empty()) {
+    return ffi::Error::InvalidArgument("moejax_experts: " + wrong + " is out of range");
+  }
+  Call call(kernels(), grouped, width, expert_width, top_k, gate_up.format, gate_up_offset,
+            down_offset);
+  call.run(pool, x.typed_data(), tokens, y->typed_data());
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace moejax
+
+MOEJAX_HANDLER(moejax_experts, moejax::Experts,
+               moejax::ffi::Ffi::Bind()
+                   .Ctx<moejax::ffi::ThreadPool>()
+                   .Arg<moejax::ffi::AnyBuffer>()
+                   .Arg<moejax::ffi::Buffer<moejax::ffi::S32>>()
+                   .Arg<moejax::ffi::Buffer<moejax::ffi::S32>>()
+                   .Arg<moejax::ffi::Buffer<moejax::ffi::F32>>()
+                   .Arg<moejax::ffi::Buffer<moejax::ffi::F32>>()
+                   .Ret<moejax::ffi::Buffer<moejax::ffi::F32>>()
+                   .Attr<int64_t>("width")
+                   .Attr<int64_t>("expert_width")
+                   .Attr<int64_t>("format")
+                   .Attr<int64_t>("gate_up_offset")
+                   .Attr<int64_t>("down_offset"));

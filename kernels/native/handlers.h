@@ -1,0 +1,31 @@
+// How a source file adds an XLA FFI handler to the library.
+//
+//   static ffi::Error Impl(ffi::Buffer<ffi::F32> x, ffi::ResultBuffer<ffi::F32> y);
+//   MOEJAX_HANDLER(moejax_name, Impl,
+//                  ffi::Ffi::Bind().Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>());
+//
+// at file scope, outside any namespace. The handler is exported, its name is listed by
+// moejax_handlers() and build.py registers it with JAX under that name. It answers XLA's metadata
+// request with the version of the FFI header, so XLA refuses a library it cannot call.
+#pragma once
+
+#include "xla/ffi/api/ffi.h"
+
+#define MOEJAX_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace moejax {
+
+namespace ffi = xla::ffi;
+
+struct Registrar {
+  explicit Registrar(const char* name);  // dispatch.cc
+};
+
+}  // namespace moejax
+
+#define MOEJAX_HANDLER(name, impl, ...)                                             \
+  MOEJAX_EXPORT XLA_FFI_Error* name(XLA_FFI_CallFrame* frame) {                     \
+    static auto* handler = (__VA_ARGS__).To(impl).release();                        \
+    return handler->Call(frame);                                                    \
+  }                                                                                 \
+  static const ::moejax::Registrar name##_registrar(#name)
