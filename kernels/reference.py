@@ -5,40 +5,60 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from moejax.layout import DTYPES, RecordLayout
+from moejax.kernels.weight import Weight, decode
+from moejax.layout import RecordLayout
 
 MAX_BLOCK = 32  # tokens that share one read of an expert's weights
 
 
 def expert_weights(layout: RecordLayout, record: jax.Array) -> dict[str, jax.Array]:
-    """Weights gate_up [2F, D] and down [D, F] of a record [R] of bits."""
+    """Floats gate_up [2F, D] and down [D, F] of a record [R] of bits."""
     weights = {}
-    for name, (start, shape) in layout.parts.items():
-        flat = jax.lax.slice(record, (start,), (start + int(np.prod(shape)),))
-        bits = jax.lax.bitcast_convert_type(flat, jnp.dtype(DTYPES[layout.dtype]))
-        weights[name] = bits.reshape(shape)
+    for name, matrix in layout.matrices.items():
+        start, shape = layout.parts[name]
+        data = jax.lax.slice(record, (start,), (start + math.prod(shape),))
+        weights[name] = decode(matrix, data)
     return weights
 
 
-def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [..., D] times weight [F, D] transposed: inputs in the weight's dtype, sums in f32."""
+def linear(x: jax.Array, weight: Weight, *, round_input: bool = True) -> jax.Array:
+    """x [..., cols] f32 times the transpose of weight [rows, cols]: f32 [..., rows].
+
+    bfloat16 weights take x rounded to bfloat16, unless not to `round_input`; sums are always f32.
+    """
+    return _linear(x, weight.array(), round_input)
+
+
+def _linear(x: jax.Array, weight: jax.Array, round_input: bool = True) -> jax.Array:
+    if not round_input:
+        weight = weight.astype(jnp.float32)
     # A GPU would round f32 inputs to TF32 by default.
     exact = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         x.astype(weight.dtype),
         weight,
-        (((x.ndim - 1,), (weight.ndim - 1,)), ((), ())),
+        (((x.ndim - 1,), (1,)), ((), ())),
         precision=exact,
         preferred_element_type=jnp.float32,
     )
 
 
-def swiglu(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
-    """Gated FFN of x [..., D] with gate_up [2F, D] and down [D, F]; f32 result [..., D]."""
-    gate, up = jnp.split(linear(x, gate_up), 2, axis=-1)
-    return linear(jax.nn.silu(gate) * up, down)
+def _swiglu(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+    gate, up = jnp.split(_linear(x, gate_up), 2, axis=-1)
+    return _linear(jax.nn.silu(gate) * up, down)
+
+
+def rms_norm(x: jax.Array, weight: Weight, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis, in f32."""
+    x = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+    return x * scale * weight.array().astype(jnp.float32)
+
+
+def softmax(x: jax.Array) -> jax.Array:
+    """Softmax over the last axis."""
+    return jax.nn.softmax(x, axis=-1)
 
 
 @jax.tree_util.register_dataclass
@@ -119,7 +139,7 @@ def experts(
         b = first[i]
         at = index[blocks.expert[b]]
         record = jax.lax.dynamic_index_in_dim(source, at, keepdims=False)
-        y = swiglu(x[blocks.tokens[b]], **expert_weights(layout, record))
+        y = _swiglu(x[blocks.tokens[b]], **expert_weights(layout, record))
         return source, jax.lax.dynamic_update_index_in_dim(rows, y, b, 0)
 
     return jax.lax.fori_loop(0, todo.sum(dtype=jnp.int32), block, (source, rows))

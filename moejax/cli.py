@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from moejax import errors
+from moejax import options as opt
 
 EXIT_CODES: dict[type[errors.MoejaxError], int] = {
     errors.InputError: 2,
@@ -22,6 +23,7 @@ EXIT_CODES: dict[type[errors.MoejaxError], int] = {
     errors.TokenizerError: 3,
     errors.BudgetError: 4,
     errors.HubError: 5,
+    errors.LinkError: 3,
     errors.NonFiniteError: 6,
 }
 INTERNAL, INTERRUPTED, BROKEN_PIPE = 70, 130, 141
@@ -126,40 +128,6 @@ def options(
     """Run Mixture-of-Experts language models whose experts do not fit the device."""
 
 
-Model = Annotated[
-    str,
-    typer.Option("--model", "-m", help="'tiny' (embedded), a directory, or a Hugging Face hub id."),
-]
-Slots = Annotated[
-    int | None, typer.Option(help="Experts on the device at once, over all layers; default all.")
-]
-DeviceMemory = Annotated[
-    str | None,
-    typer.Option(help="Budget such as 6GiB for weights, KV cache and workspace, not with --slots."),
-]
-PolicyName = Annotated[str, typer.Option("--policy", help="How experts are kept and fetched.")]
-MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", "-n", min=1, help="At most this many tokens.")
-]
-Temperature = Annotated[
-    float | None, typer.Option(help="0 takes the likeliest token; default the model's.")
-]
-TopK = Annotated[int | None, typer.Option(help="Draw from this many likeliest; 0 = all.")]
-TopP = Annotated[float | None, typer.Option(help="Draw from the likeliest of this total share.")]
-MinP = Annotated[float | None, typer.Option(help="Drop tokens below this share of the likeliest.")]
-Penalty = Annotated[
-    float | None, typer.Option("--repetition-penalty", help="Above 1 avoids tokens already seen.")
-]
-Seed = Annotated[int, typer.Option(help="Same seed, same text.")]
-Stop = Annotated[list[str], typer.Option(help="End at this text; may be given several times.")]
-Context = Annotated[int | None, typer.Option(help="Tokens per sequence that the KV cache holds.")]
-Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.")]
-Virtual = Annotated[bool, typer.Option("--virtual", help="Count transfers, but copy nothing.")]
-WarmUp = Annotated[bool, typer.Option(help="Compile before the first token is timed.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]
-
-
 def _sampling(
     temperature: float | None,
     top_k: int | None,
@@ -185,25 +153,30 @@ def generate(
     file: Annotated[
         list[pathlib.Path] | None, typer.Option("--file", "-f", help="Read a prompt from a file.")
     ] = None,
-    model: Model = "tiny",
-    slots: Slots = None,
-    device_memory: DeviceMemory = None,
-    policy: PolicyName = "lru",
-    max_new_tokens: MaxNewTokens = 128,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    repetition_penalty: Penalty = None,
-    seed: Seed = 0,
-    stop: Stop = [],  # noqa: B006 - typer copies it
-    context: Context = None,
-    dtype: Dtype = "bfloat16",
+    model: opt.Model = "tiny",
+    slots: opt.Slots = None,
+    device_memory: opt.DeviceMemory = None,
+    policy: opt.PolicyName = "lru",
+    max_new_tokens: opt.MaxNewTokens = 128,
+    temperature: opt.Temperature = None,
+    top_k: opt.TopK = None,
+    top_p: opt.TopP = None,
+    min_p: opt.MinP = None,
+    repetition_penalty: opt.Penalty = None,
+    seed: opt.Seed = 0,
+    stop: opt.Stop = [],  # noqa: B006 - typer copies it
+    context: opt.Context = None,
+    dtype: opt.Dtype = "bfloat16",
+    quant: opt.Quant = None,
+    group: opt.Group = 32,
+    host_memory: opt.HostMemory = None,
+    link: opt.Link = None,
+    kernels: opt.Kernels = None,
     logprobs: Annotated[int, typer.Option(min=0, help="Likeliest tokens beside each, --json.")] = 0,
-    virtual: Virtual = False,
-    warm_up: WarmUp = True,
-    json: AsJson = False,
-    quiet: Quiet = False,
+    virtual: opt.Virtual = False,
+    warm_up: opt.WarmUp = True,
+    json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Continue a prompt, from the arguments, --file or stdin.
 
@@ -222,6 +195,11 @@ def generate(
         policy=policy,
         context=context,
         dtype=dtype,
+        quant=quant,
+        group=group,
+        host_memory=host_memory,
+        link=link,
+        kernels=kernels,
         virtual=virtual,
         batch=len(prompts),
     )
@@ -244,25 +222,30 @@ def generate(
 
 @command
 def chat(
-    model: Model = "tiny",
+    model: opt.Model = "tiny",
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
-    slots: Slots = None,
-    device_memory: DeviceMemory = None,
-    policy: PolicyName = "lru",
-    max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    repetition_penalty: Penalty = None,
-    seed: Seed = 0,
-    stop: Stop = [],  # noqa: B006 - typer copies it
-    context: Context = None,
-    dtype: Dtype = "bfloat16",
-    virtual: Virtual = False,
-    warm_up: WarmUp = True,
-    json: AsJson = False,
-    quiet: Quiet = False,
+    slots: opt.Slots = None,
+    device_memory: opt.DeviceMemory = None,
+    policy: opt.PolicyName = "lru",
+    max_new_tokens: opt.MaxNewTokens = 256,
+    temperature: opt.Temperature = None,
+    top_k: opt.TopK = None,
+    top_p: opt.TopP = None,
+    min_p: opt.MinP = None,
+    repetition_penalty: opt.Penalty = None,
+    seed: opt.Seed = 0,
+    stop: opt.Stop = [],  # noqa: B006 - typer copies it
+    context: opt.Context = None,
+    dtype: opt.Dtype = "bfloat16",
+    quant: opt.Quant = None,
+    group: opt.Group = 32,
+    host_memory: opt.HostMemory = None,
+    link: opt.Link = None,
+    kernels: opt.Kernels = None,
+    virtual: opt.Virtual = False,
+    warm_up: opt.WarmUp = True,
+    json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Talk with a model that has a chat template; /help lists the commands inside.
 
@@ -280,6 +263,11 @@ def chat(
         policy=policy,
         context=context,
         dtype=dtype,
+        quant=quant,
+        group=group,
+        host_memory=host_memory,
+        link=link,
+        kernels=kernels,
         virtual=virtual,
     )
     sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -302,10 +290,10 @@ def chat(
 @command
 def inspect(
     model: Annotated[str, typer.Argument(help="A directory, 'tiny', or a hub id in the cache.")],
-    context: Context = None,
+    context: opt.Context = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read and check every weight.")] = False,
-    json: AsJson = False,
-    quiet: Quiet = False,
+    json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Show what a model holds and which budgets it fits, from headers alone."""
     from moejax import commands
@@ -316,23 +304,78 @@ def inspect(
 
 @command
 def convert(
-    source: Annotated[str, typer.Argument(help="A Hugging Face directory or hub id.")],
+    source: Annotated[str, typer.Argument(help="A model directory, .gguf file or hub id.")],
     target: Annotated[pathlib.Path, typer.Argument(help="The new directory.")],
-    dtype: Dtype = "bfloat16",
+    dtype: opt.Dtype = "bfloat16",
+    quant: Annotated[str | None, typer.Option(help="Quantise to int8 or int4.")] = None,
+    group: opt.Group = 32,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier conversion.")] = False,
     orbax: Annotated[bool, typer.Option("--orbax", help="Save with Orbax, not as a bank.")] = False,
-    json: AsJson = False,
-    quiet: Quiet = False,
+    json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Convert a model into a directory that is mapped instead of read; continues if interrupted."""
     from moejax import commands
     from moejax.terminal import Terminal
 
-    commands.convert(Terminal(quiet), source, target, dtype, force, orbax, json)
+    form = {"dtype": dtype, "quant": quant, "group": group}
+    commands.convert(Terminal(quiet), source, target, form, force, orbax, json)
 
 
 @command
-def doctor(json: AsJson = False) -> None:
+def bench(
+    what: Annotated[
+        str | None, typer.Argument(help="'hw' measures the machine and writes its record instead.")
+    ] = None,
+    model: opt.Model = "tiny",
+    slots: opt.Slots = None,
+    device_memory: opt.DeviceMemory = None,
+    policy: opt.PolicyName = "lru",
+    pp: Annotated[list[int], typer.Option(help="Prompt tokens; several times; 0 = none.")] = [32],  # noqa: B006
+    tg: Annotated[list[int], typer.Option(help="New tokens; several times; 0 = none.")] = [40],  # noqa: B006
+    reps: Annotated[int, typer.Option(min=1, help="Times that every test counts.")] = 5,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same token ids.")] = 0,
+    context: opt.Context = None,
+    dtype: opt.Dtype = "bfloat16",
+    quant: opt.Quant = None,
+    group: opt.Group = 32,
+    host_memory: opt.HostMemory = None,
+    link: opt.Link = None,
+    kernels: opt.Kernels = None,
+    virtual: opt.Virtual = False,
+    bandwidth: Annotated[
+        bool, typer.Option(help="Time stream reads in between; takes 1 GiB of memory.")
+    ] = True,
+    json: opt.AsJson = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Comma-separated values on stdout.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="A table; the default.")] = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Time prompts (pp) and generation (tg) of random tokens, in turn; medians and spread."""
+    from moejax import commands
+    from moejax.terminal import Terminal
+
+    chosen = [n for n, given in {"json": json, "csv": csv, "markdown": markdown}.items() if given]
+    load = {"slots": slots, "device_memory": device_memory, "policy": policy, "dtype": dtype}
+    load |= {"quant": quant, "group": group, "context": context, "virtual": virtual, "batch": batch}
+    load |= {"host_memory": host_memory, "link": link, "kernels": kernels}
+    times = {"reps": reps, "batch": batch, "seed": seed, "bandwidth": bandwidth}
+    commands.bench(Terminal(quiet), what, model, pp, tg, load=load, times=times, formats=chosen)
+
+
+@command
+def build_native(
+    force: Annotated[bool, typer.Option("--force", help="Compile even if it has been.")] = False,
+) -> None:
+    """Compile the native CPU kernels now; otherwise that happens when they are first needed."""
+    from moejax.kernels import build
+
+    print(build.build(force))
+
+
+@command
+def doctor(json: opt.AsJson = False) -> None:
     """Check this machine and installation; exit code 1 if something fails."""
     from moejax import commands
 

@@ -15,8 +15,14 @@ def load_model(terminal: Terminal, model: str, **options: Any) -> Any:
     """`moejax.load` with a progress bar."""
     if options.get("device_memory") is not None:
         parse_bytes(options["device_memory"])  # a typing error should not cost an import of JAX
+    from moejax.allocator import gpu_memory
+    from moejax.kernels import build
     from moejax.loading import load
 
+    if gpu_memory() is None and options.get("kernels") != "reference":
+        with terminal.status("preparing the native kernels (compiled once, in about a minute)"):
+            if build.library() is None:
+                terminal.note(build.status())
     with terminal.progress(f"loading {model}") as report:
         return load(model, progress=report, **options)
 
@@ -108,8 +114,8 @@ def _as_document(
 def _policy_document(policy: Any) -> dict[str, Any] | None:
     if policy is None:
         return None
-    parts = {name: getattr(policy, name) for name in ("router", "evictor", "placement")}
-    names = {name: type(part).__name__ for name, part in parts.items()}
+    parts = ("router", "evictor", "placement", "predictor", "cutoff", "speculation")
+    names = {name: type(getattr(policy, name)).__name__ for name in parts}
     return names | {"capacity": int(policy.capacity)}
 
 
@@ -117,7 +123,9 @@ def stats_document(runtime: Any) -> dict[str, Any]:
     """What a run cost, and under which budget."""
     total = runtime.config.num_moe_layers * runtime.config.num_experts
     budget = {"slots": runtime.slots, "experts": total, "context": runtime.context}
-    return runtime.stats.as_dict() | budget | {"dtype": runtime.model.dtype}
+    model = runtime.model
+    how = {"dtype": model.dtype, "quant": model.quant, "kernels": model.kernels}
+    return runtime.stats.as_dict() | budget | how | {"link": runtime.tier}
 
 
 def show_stats(terminal: Terminal, runtime: Any) -> None:
@@ -143,8 +151,15 @@ def stats_rows(runtime: Any) -> list[tuple[str, str]]:
             rows.append(("expert hit rate", f"{stats.hit_rate:.1%} ({hits} uses in decode)"))
         before = format_bytes(stats.prefill_moved * stats.record_bytes)
         each = format_bytes(stats.bytes_per_step or 0)
-        name = "would be copied" if stats.virtual else "copied"
+        name = (
+            "would be copied" if stats.virtual else "read" if runtime.tier == "disk" else "copied"
+        )
         rows.append((f"expert bytes {name}", f"{before} in prefill, {each} per decode step"))
+    if runtime.tier:
+        waited = (
+            f", waited {stats.stall_seconds / max(stats.steps, 1) * 1e3:.2f} ms per decode step"
+        )
+        rows.append(("link", runtime.tier + waited))
     rows.append(("result", _label(stats)))
     return rows
 
@@ -231,41 +246,46 @@ def convert(
     terminal: Terminal,
     source: str,
     target: pathlib.Path,
-    dtype: str,
+    form: dict[str, Any],
     force: bool,
     orbax: bool,
     as_json: bool,
 ) -> None:
-    """Convert a Hugging Face directory into one that loads without conversion."""
-    from moejax import orbax_directory
+    """Convert a model into a directory that loads without conversion, quantised if so asked."""
+    from moejax import loading, orbax_directory
     from moejax.checkpoints import convert as converted
-    from moejax.config import read_config_json
-    from moejax.hub import resolve
+    from moejax.formats import quant_format
     from moejax.layout import DTYPES
     from moejax.models import config_from_hf, family
     from moejax.models.family import weight_map
     from moejax.models.transformer import Decoder
 
+    dtype, errors = form["dtype"], {}
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    directory = resolve(source)
-    config = config_from_hf(read_config_json(directory))
-    if converted.is_converted(directory) or orbax_directory.is_orbax(directory):
-        raise CheckpointError(f"{directory} is already converted: give the original")
+    if quant_format(form["quant"], form["group"]) and orbax:
+        raise InputError("Orbax directories hold floats only: leave out --orbax or --quant")
+    path = loading.source_path(source)
+    config = config_from_hf(loading.read_config(path))
+    if converted.is_converted(path) or orbax_directory.is_orbax(path):
+        raise CheckpointError(f"{path} is already converted: give the original")
     weights = weight_map(config, family(config.model_type).rules, dtype)
     with terminal.progress(f"converting {source}") as report:
+        options = {"force": force, "progress": report}
         if orbax:
-            model = Decoder(config, dtype)
-            orbax_directory.save_directory(
-                directory, target, model, weights, force=force, progress=report
-            )
+            orbax_directory.save_directory(path, target, Decoder(config, dtype), weights, **options)
         else:
-            converted.convert_directory(directory, target, weights, force=force, progress=report)
+            how = {"quant": form["quant"], "group": form["group"]}
+            errors = converted.convert_directory(path, target, weights, **how, **options)
     size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
     if as_json:
-        print_json({"source": str(directory), "target": str(target), "bytes": size, "dtype": dtype})
-    else:
-        terminal.note(f"{target}: {format_bytes(size)}, run it with --model {target}")
+        about = {"source": str(path), "target": str(target), "bytes": size, "errors": errors}
+        print_json(about | form)
+        return
+    if errors:
+        rows = [(n, f"{e['mean']:.2%} mean, {e['max']:.2%} at most") for n, e in errors.items()]
+        terminal.facts([("relative RMS error", ""), *rows])
+    terminal.note(f"{target}: {format_bytes(size)}, run it with --model {target}")
 
 
 def doctor(as_json: bool) -> bool:
@@ -287,6 +307,59 @@ def doctor(as_json: bool) -> bool:
             console.print(line.append(check.detail), soft_wrap=True)
             found.append(check)
     return all(check.status != "fail" for check in found)
+
+
+def bench(
+    terminal: Terminal,
+    what: str | None,
+    model: str,
+    pp: Sequence[int],
+    tg: Sequence[int],
+    *,
+    load: dict[str, Any],
+    times: dict[str, Any],
+    formats: Sequence[str],
+) -> None:
+    """Time a model with `load`'s options, or measure the machine for its experts (`hw`)."""
+    if len(formats) > 1:
+        raise InputError(f"one document on stdout: give one of --{', --'.join(formats)}")
+    if what not in (None, "hw"):
+        raise InputError(f"bench {what!r} is unknown: give nothing to time a model, or 'hw'")
+    if what == "hw":
+        if set(formats) - {"json"}:
+            raise InputError("bench hw writes JSON only")
+        with terminal.status("measuring the machine"):
+            print(_hardware(model, load).to_json())
+        return
+    from moejax import bench as benching
+    from moejax.doctor import environment
+
+    chosen = benching.tests(pp, tg)
+    context = load["context"] or benching.context_for(chosen)
+    runtime = load_model(terminal, model, **load | {"context": context})
+    with terminal.status(f"{len(chosen)} tests, {times['reps']} times after a warm-up"):
+        rows = benching.bench(runtime, chosen, **times)
+    rows = [row | {"policy": load["policy"], "environment": environment()} for row in rows]
+    if formats == ["json"]:
+        print_json(rows)
+    else:
+        print(benching.as_csv(rows) if formats == ["csv"] else benching.as_markdown(rows))
+
+
+def _hardware(model: str, load: dict[str, Any]) -> Any:
+    from moejax.formats import quant_format
+    from moejax.layout import DTYPES
+    from moejax.loading import read_config, source_path
+    from moejax.measure import hardware
+    from moejax.models import config_from_hf
+
+    form = quant_format(load["quant"], load["group"]) or load["dtype"]
+    if load["dtype"] not in DTYPES:
+        raise InputError(f"dtype {form!r} is not one of {', '.join(DTYPES)}")
+    config = config_from_hf(read_config(source_path(model)))
+    if not config.moe_layers:
+        raise InputError(f"{model} has no experts to measure the machine for")
+    return hardware(config, form)
 
 
 def print_json(document: Any) -> None:

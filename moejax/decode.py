@@ -27,7 +27,8 @@ from moejax.state import (
 )
 
 DEFAULT_CONTEXT = 4096
-PREFILL_CHUNK = 64  # tokens per sequence of one prefill step
+SHORT_CHUNK, LONG_CHUNK = 64, 512  # tokens per sequence of one prefill step
+LONG_FROM = 256  # tokens left to be fed that make a long step worth its padding
 
 
 def step(
@@ -128,14 +129,18 @@ def init_cache(
         raise BudgetError(
             f"{slots} slots cannot hold the {least} experts needed at once; give at least {least}"
         )
-    elements = store.records.shape[1]
-    if slots >= ids:
-        pool, residency = jnp.zeros((0, elements), store.records.dtype), tables.full(ids)
-    else:
-        rows = 0 if virtual else slots
-        pool = jnp.zeros((rows, elements), store.records.dtype)
-        residency = tables.empty(ids, slots, layers=config.num_moe_layers if per_layer else 0)
-    return ExpertCache(pool=pool, residency=residency)
+    if virtual and store.records is None:
+        raise BudgetError("weights behind a link cannot be read in place: leave `virtual` out")
+    in_place = slots >= ids and store.link is None
+    rows = 0 if virtual or in_place else min(slots, ids)
+    layers = config.num_moe_layers if per_layer else 0
+    return ExpertCache(
+        pool=jnp.zeros((rows, store.layout.elements), store.layout.bits),
+        residency=tables.full(ids)
+        if in_place
+        else tables.empty(ids, min(slots, ids), layers=layers),
+        arriving=None if store.link is None else jnp.zeros(rows, bool),
+    )
 
 
 def init_state(
@@ -155,6 +160,11 @@ def init_state(
     if config.num_moe_layers:
         if policy.placement.uses_host and jax.default_backend() != "cpu":
             raise PolicyError("this placement computes experts on the host: run it on a CPU")
+        if policy.placement.uses_host and store.records is None:
+            raise PolicyError(
+                "this placement computes experts on the host, where a disk has no copy of them: "
+                "choose one that fetches, or load without a budget for host memory"
+            )
         cache = init_cache(config, store, slots, virtual=virtual, per_layer=per_layer)
         memory = policy.init(config.num_moe_layers, config.num_experts)
     state = DecodeState(
@@ -167,15 +177,20 @@ def init_state(
     return jax.device_put(state, jax.devices()[0])
 
 
-def chunks(prompts: list[np.ndarray], size: int = PREFILL_CHUNK) -> Iterator[np.ndarray]:
-    """Token chunks [B, size] i32 of prompts of unequal lengths, padded with -1."""
-    longest = max(len(p) for p in prompts)
-    for start in range(0, longest, size):
-        chunk = np.full((len(prompts), size), -1, np.int32)
+def chunks(prompts: list[np.ndarray], size: int | None = None) -> Iterator[np.ndarray]:
+    """Token chunks [B, T] i32 of prompts of unequal lengths, padded with -1.
+
+    T is `size`, or one of two sizes: long ones read each expert less often, short ones pad less.
+    """
+    longest, start = max(len(p) for p in prompts), 0
+    while start < longest:
+        width = size or (LONG_CHUNK if longest - start >= LONG_FROM else SHORT_CHUNK)
+        chunk = np.full((len(prompts), width), -1, np.int32)
         for row, prompt in zip(chunk, prompts, strict=True):
-            part = prompt[start : start + size]
+            part = prompt[start : start + width]
             row[: len(part)] = part
         yield chunk
+        start += width
 
 
 def prefill(
@@ -186,9 +201,9 @@ def prefill(
     state: DecodeState,
     prompts: list[np.ndarray],
     *,
-    chunk: int = PREFILL_CHUNK,
+    chunk: int | None = None,
 ) -> tuple[DecodeState, jax.Array, list]:
-    """Feed prompts in chunks of one fixed shape; donates `state`.
+    """Feed prompts in chunks [B, chunk], of one or two sizes by default; donates `state`.
 
     Returns:
         The state, the logits [B, V] after each prompt's last token, and the traces of all chunks.
@@ -202,10 +217,10 @@ def prefill(
     done = 0
     for tokens in chunks(prompts, chunk):
         state, out = decode_step(model, policy, params, store, state, tokens)
-        ended = np.array([done < len(p) <= done + chunk for p in prompts])
+        ended = np.array([done < len(p) <= done + tokens.shape[1] for p in prompts])
         logits = out.logits if logits is None else jnp.where(ended[:, None], out.logits, logits)
         traces.append(out.trace)
-        done += chunk
+        done += tokens.shape[1]
     return state, logits, traces
 
 

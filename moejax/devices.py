@@ -1,5 +1,6 @@
 """Where things live: memory kinds, the memory budget, and the compilation cache."""
 
+import math
 import os
 import pathlib
 
@@ -9,10 +10,12 @@ import numpy as np
 
 from moejax import decode
 from moejax.config import ModelConfig
-from moejax.errors import BudgetError
+from moejax.errors import BudgetError, InputError
 from moejax.generate import generate_step
-from moejax.layout import DTYPES
-from moejax.models.shapes import held_dtype, parameter_shapes
+from moejax.kernels import NAMES, build
+from moejax.kernels.transport import Store
+from moejax.layout import BITS
+from moejax.models.shapes import held_parameters
 from moejax.models.transformer import Decoder
 from moejax.policy import Policy
 from moejax.sampling import Sampling
@@ -40,32 +43,57 @@ def exactness() -> str:
 def dense_params(flat: dict[str, np.ndarray]) -> dict[str, dict[str, jax.Array]]:
     """Parameters by "group/name" as the nested dict that the decoder takes, on the device.
 
-    NumPy arrays come as floats; stacks among them become bits. JAX arrays come as they are held.
+    NumPy arrays come as floats, or as the bytes of quantised weights; JAX arrays as they are held.
     """
     params: dict[str, dict[str, jax.Array]] = {}
     for path, array in flat.items():
         group, name = path.split("/")
         if isinstance(array, np.ndarray):
-            array = array.view(held_dtype(path, array.dtype.name))
+            array = array.view(BITS.get(array.dtype.name, array.dtype))
         # Not jnp.asarray, which copies: on a CPU this aliases aligned arrays.
         params.setdefault(group, {})[name] = jax.device_put(array)
     return params
 
 
 def store(
-    config: ModelConfig, records: np.ndarray | None, dtype: str, *, on_device: bool
+    config: ModelConfig,
+    records: np.ndarray | None,
+    format: str,
+    *,
+    on_device: bool,
+    link: Store | None = None,
 ) -> ExpertStore | None:
-    """The expert store of records [L * E, R].
+    """The expert store of records [L * E, R], or of what is behind a link (or both).
 
     On a CPU it aliases the records. On a GPU they lie in pinned host memory, or on the device when
     all of them fit (`on_device`).
     """
-    if records is None:
+    if records is None and link is None:
         return None
     return ExpertStore(
-        records=jax.device_put(records, store_sharding(on_device)),
-        layout=config.record_layout(dtype),
+        records=None if records is None else jax.device_put(records, store_sharding(on_device)),
+        link=None if link is None else jax.device_put(np.int32(link.handle)),
+        layout=config.record_layout(format),
     )
+
+
+def kernels(name: str | None) -> str:
+    """The kernels to run with: those named, else the native ones where they can be had.
+
+    Raises:
+        InputError: no such kernels, or not on this machine.
+    """
+    if name not in (None, *NAMES):
+        raise InputError(f"kernels {name!r:.80} are not one of {', '.join(NAMES)}")
+    if name == "reference" or jax.default_backend() != "cpu":
+        if name == "native":
+            raise InputError("the native kernels are for CPUs: leave `kernels` out")
+        return "reference"
+    if build.library() is not None:
+        return "native"
+    if name == "native":
+        raise InputError(build.status())
+    return "reference"
 
 
 def store_sharding(on_device: bool) -> jax.sharding.SingleDeviceSharding:
@@ -78,24 +106,23 @@ def store_sharding(on_device: bool) -> jax.sharding.SingleDeviceSharding:
 def abstract_params(model: Decoder) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     """Shapes and dtypes of the decoder's parameters."""
     params: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
-    for path, shape in parameter_shapes(model.config).items():
+    for path, held in held_parameters(model.config, model.dtype, model.quant).items():
         group, name = path.split("/")
-        dtype = held_dtype(path, model.dtype)
-        params.setdefault(group, {})[name] = jax.ShapeDtypeStruct(shape, dtype)
+        params.setdefault(group, {})[name] = jax.ShapeDtypeStruct(held.shape, held.dtype)
     return params
 
 
-def abstract_store(config: ModelConfig, dtype: str) -> ExpertStore:
+def abstract_store(model: Decoder) -> ExpertStore:
     """Shape and dtype of the expert store."""
-    layout = config.record_layout(dtype)
+    config, layout = model.config, model.config.record_layout(model.quant or model.dtype)
     shape = (config.num_moe_layers * config.num_experts, layout.elements)
     return ExpertStore(records=jax.ShapeDtypeStruct(shape, layout.bits), layout=layout)
 
 
-def dense_bytes(config: ModelConfig, dtype: str) -> int:
+def dense_bytes(config: ModelConfig, dtype: str, quant: str | None = None) -> int:
     """Bytes of all parameters but the experts."""
-    item = DTYPES[dtype].itemsize
-    return sum(int(np.prod(s)) * item for s in parameter_shapes(config).values())
+    held = held_parameters(config, dtype, quant).values()
+    return sum(math.prod(h.shape) * h.dtype.itemsize for h in held)
 
 
 def kv_bytes(model: Decoder, batch: int, context: int) -> int:
@@ -107,7 +134,7 @@ def kv_bytes(model: Decoder, batch: int, context: int) -> int:
 def workspace_bytes(model: Decoder, policy: Policy | None, batch: int, context: int) -> int:
     """Scratch memory that XLA's plan of the prefill step asks for, measured by compiling it."""
     config = model.config
-    experts = abstract_store(config, model.dtype) if config.moe_layers else None
+    experts = abstract_store(model) if config.moe_layers else None
 
     def arguments() -> tuple:
         state = decode.init_state(
@@ -116,7 +143,8 @@ def workspace_bytes(model: Decoder, policy: Policy | None, batch: int, context: 
         return state, jax.random.key(0), Sampling().validate()
 
     state, key, sampling = jax.eval_shape(arguments)
-    tokens = jax.ShapeDtypeStruct((batch, decode.PREFILL_CHUNK), jnp.int32)
+    chunk = decode.LONG_CHUNK if context >= decode.LONG_FROM else decode.SHORT_CHUNK
+    tokens = jax.ShapeDtypeStruct((batch, chunk), jnp.int32)
     fixed = (model, policy, abstract_params(model), experts)
     lowered = generate_step.lower(*fixed, state, tokens, sampling, key, None)
     plan = lowered.compile().memory_analysis()
@@ -133,7 +161,7 @@ def slots_for(
     """
     config = model.config
     parts = {
-        "dense weights": dense_bytes(config, model.dtype),
+        "dense weights": dense_bytes(config, model.dtype, model.quant),
         f"KV cache of {batch} x {context} tokens": kv_bytes(model, batch, context),
         "workspace": workspace_bytes(model, policy, batch, context),
     }
@@ -141,7 +169,7 @@ def slots_for(
     if not config.moe_layers:
         slots, least, stride = 0, 0, 0
     else:
-        stride = config.record_layout(model.dtype).stride
+        stride = config.record_layout(model.quant or model.dtype).stride
         slots, least = max(left, 0) // stride, config.top_k
     if left < 0 or slots < least:
         needed = sum(parts.values()) + least * stride

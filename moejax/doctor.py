@@ -238,6 +238,12 @@ def _cpu_info(field: str) -> str:
     return found[1] if found else ""
 
 
+def _native() -> tuple[str, str]:
+    from moejax.kernels import build
+
+    return ("warn" if build.library() is None else "ok"), build.status()
+
+
 def _memory() -> tuple[str, str]:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     shown = f"{format_bytes(total)} in all"
@@ -271,6 +277,7 @@ _CHECKS: dict[str, Callable[[], tuple[str, str]]] = {
     "slot write": _slot_write,
     "compile cache": _compile_cache,
     "cpu": _cpu,
+    "native kernels": _native,
     "memory": _memory,
     "embedded model": _embedded,
 }

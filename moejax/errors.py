@@ -29,6 +29,10 @@ class InputError(MoejaxError):
     """A prompt, a token id or an option is out of range."""
 
 
+class LinkError(MoejaxError):
+    """Expert records did not arrive: a read error, a short file or a wrong checksum."""
+
+
 class PolicyError(MoejaxError):
     """An unknown policy, or policy parts that contradict each other."""
 

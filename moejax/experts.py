@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from moejax import kernels
 from moejax import residency as tables
 from moejax.eviction import Access
+from moejax.kernels.transport import Kind
 from moejax.policy import Policy
 from moejax.prediction import Gate, View
 from moejax.routing import Routing
 from moejax.state import ExpertCache, ExpertStore, PolicyMemory, pytree
+from moejax.supply import Moved, Shelf, Supply
 
 
 @pytree
@@ -42,11 +44,14 @@ class LayerTrace:
     prefetched: jax.Array
     host: jax.Array
     passes: jax.Array
+    stall: jax.Array
+    failure: jax.Array
 
 
 def resident(policy: Policy, cache: ExpertCache, layer: jax.Array, experts: int) -> jax.Array:
     """[E] which experts of a layer are resident, as routers see it."""
-    return _slots(policy, cache.residency, layer, experts) >= 0
+    capacity = tables.usable(cache.residency, experts, policy.capacity)
+    return tables.layer_slots(cache.residency, layer, experts, capacity) >= 0
 
 
 def access(layer: Layer) -> Access:
@@ -87,75 +92,62 @@ def apply(
     chex.assert_type([layer.x, layer.scores], jnp.float32)
     used = access(layer)
     memory = dataclasses.replace(memory, evictor=policy.evictor.observe(memory.evictor, used))
-    y, cache, trace = _mixture(policy, store, cache, memory, layer, used)
-    memory, cache, prefetched = _prefetch(policy, store, cache, memory, layer, used, gate)
-    return y, cache, memory, dataclasses.replace(trace, prefetched=prefetched)
+    keys = policy.evictor.keys(memory.evictor, layer.index)
+    supply = Supply.of(policy, store, cache, layer.index, layer.experts)
+    shelf = supply.open(cache)
+    y, shelf, trace = _mixture(supply, shelf, keys, layer, used)
+    if policy.predictor.horizon:
+        memory, shelf, prefetched = _prefetch(supply, shelf, memory, layer, used, gate)
+        trace = dataclasses.replace(trace, prefetched=prefetched)
+    return y, supply.close(cache, shelf), memory, trace
 
 
 def _mixture(
-    policy: Policy,
-    store: ExpertStore,
-    cache: ExpertCache,
-    memory: PolicyMemory,
-    layer: Layer,
-    used: Access,
-) -> tuple[jax.Array, ExpertCache, LayerTrace]:
-    experts, first_id = layer.experts, layer.index * layer.experts
-    keys = policy.evictor.keys(memory.evictor, layer.index)
+    supply: Supply, shelf: Shelf, keys: jax.Array, layer: Layer, used: Access
+) -> tuple[jax.Array, Shelf, LayerTrace]:
+    policy, store = supply.policy, supply.store
     order = jnp.argsort(first_use(layer)).astype(jnp.int32)
     picks = jnp.where(layer.valid[:, None], layer.routing.expert, -1)
-    plan = kernels.plan(picks, experts)
-    hits = used.needed & resident(policy, cache, layer.index, experts)
+    plan = kernels.plan(picks, layer.experts)
+    hits = used.needed & (supply.slots(shelf.residency) >= 0)
     missing = used.needed & ~hits
-    virtual = cache.pool.shape[0] == 0
-    in_store = first_id + jnp.arange(experts, dtype=jnp.int32)
     rows = kernels.empty_rows(plan, layer.x.shape[1])
     host = jnp.zeros_like(missing)
     if policy.placement.uses_host:
         host = missing & ~policy.placement.fetch(missing, used.tokens, layer.scores)
-        index = jnp.where(host, in_store, -1)
+    shelf = supply.request(shelf, used.needed & ~host, order, Kind.DEMAND, layer.x)
+    if policy.placement.uses_host:
+        index = jnp.where(host, supply.ids(), -1)
         _, rows = kernels.experts(store.layout, store.records, index, plan, layer.x, rows)
 
     def one_pass(carry: tuple) -> tuple:
-        pending, source, residency, rows, fetched, passes = carry
-        source, residency, count = _bring(
-            policy, store, source, residency, keys, layer.index, pending, order, virtual, rows
-        )
-        slots = _slots(policy, residency, layer.index, experts)
-        run = pending & (slots >= 0)
-        index = jnp.where(run, in_store if virtual else slots, -1)
-        source, rows = kernels.experts(store.layout, source, index, plan, layer.x, rows)
-        return pending & ~run, source, residency, rows, fetched + count, passes + 1
+        pending, shelf, rows, moved, passes = carry
+        shelf, copies = supply.find(shelf, keys, pending, order)
+        shelf, rows, ran, cost = supply.compute(shelf, copies, pending, plan, layer.x, rows)
+        return pending & ~ran, shelf, rows, moved.add(copies.count, *cost), passes + 1
 
-    source = store.records if virtual else cache.pool
-    start = (used.needed & ~host, source, cache.residency, rows, jnp.int32(0), jnp.int32(0))
-    _, source, residency, rows, fetched, passes = jax.lax.while_loop(
+    start = (used.needed & ~host, shelf, rows, Moved.none(), jnp.int32(0))
+    _, shelf, rows, moved, passes = jax.lax.while_loop(
         lambda carry: carry[0].any(), one_pass, start
     )
     trace = LayerTrace(
         needed=used.needed.sum(dtype=jnp.int32),
         hits=hits.sum(dtype=jnp.int32),
-        fetched=fetched,
+        fetched=moved.records,
         prefetched=jnp.int32(0),
         host=host.sum(dtype=jnp.int32),
         passes=passes,
+        stall=moved.stall,
+        failure=moved.failure,
     )
-    cache = ExpertCache(pool=cache.pool if virtual else source, residency=residency)
-    return kernels.combine(plan, rows, layer.routing.weight), cache, trace
+    return kernels.combine(plan, rows, layer.routing.weight), shelf, trace
 
 
 def _prefetch(
-    policy: Policy,
-    store: ExpertStore,
-    cache: ExpertCache,
-    memory: PolicyMemory,
-    layer: Layer,
-    used: Access,
-    gate: Gate,
-) -> tuple[PolicyMemory, ExpertCache, jax.Array]:
+    supply: Supply, shelf: Shelf, memory: PolicyMemory, layer: Layer, used: Access, gate: Gate
+) -> tuple[PolicyMemory, Shelf, jax.Array]:
     """Bring in what the predictor wants for a later layer, as far as there are evictable slots."""
-    if not policy.predictor.horizon:
-        return memory, cache, jnp.int32(0)
+    policy = supply.policy
     view = View(
         layer=layer.index,
         hidden=layer.hidden,
@@ -165,55 +157,14 @@ def _prefetch(
     )
     predictor = policy.predictor.observe(memory.predictor, view)
     memory = dataclasses.replace(memory, predictor=predictor)
-    layers = cache.residency.slot_of.shape[0] // layer.experts
+    shelf = supply.forget(shelf, layer.x)
     ahead = layer.index + policy.predictor.horizon
-    target = jnp.minimum(ahead, layers - 1)
+    target = jnp.minimum(ahead, shelf.residency.slot_of.shape[0] // layer.experts - 1)
     priority = policy.predictor.wanted(predictor, view, target, gate)
-    useful = (ahead < layers) & layer.valid.any() & policy.cutoff.allows(target)
-    virtual = cache.pool.shape[0] == 0
-    pool, residency, count = _bring(
-        policy,
-        store,
-        store.records if virtual else cache.pool,
-        cache.residency,
-        policy.evictor.keys(memory.evictor, target),
-        target,
-        (priority > 0) & useful,
-        jnp.argsort(-priority).astype(jnp.int32),
-        virtual,
-        layer.x,
-    )
-    cache = ExpertCache(pool=cache.pool if virtual else pool, residency=residency)
-    return memory, cache, count
-
-
-def _slots(
-    policy: Policy, residency: tables.Residency, layer: jax.Array, experts: int
-) -> jax.Array:
-    """[E] slots of a layer's experts, -1 = absent."""
-    capacity = tables.usable(residency, experts, policy.capacity)
-    return tables.layer_slots(residency, layer, experts, capacity)
-
-
-def _bring(
-    policy: Policy,
-    store: ExpertStore,
-    pool: jax.Array,
-    residency: tables.Residency,
-    keys: jax.Array,
-    layer: jax.Array,
-    wanted: jax.Array,  # [E] bool
-    order: jax.Array,  # [E] i32
-    virtual: bool,
-    after: jax.Array,
-) -> tuple[jax.Array, tables.Residency, jax.Array]:
-    """Copy as many absent ones of the experts `wanted` as there are evictable slots, in order.
-
-    `after` is the result of the last read of the pool: the copies must not overtake it.
-    """
-    experts = wanted.shape[0]
-    capacity = tables.usable(residency, experts, policy.capacity)
-    residency, copies = tables.bring(residency, keys, layer, wanted, order, capacity)
-    if not virtual:
-        pool = kernels.fetch(pool, store.records, copies.slot, copies.expert, copies.count, after)
-    return pool, residency, copies.count
+    useful = (ahead == target) & layer.valid.any() & policy.cutoff.allows(target)
+    wanted, order = (priority > 0) & useful, jnp.argsort(-priority).astype(jnp.int32)
+    keys = policy.evictor.keys(memory.evictor, target)
+    later = dataclasses.replace(supply, layer=target)
+    shelf, copies = later.find(shelf, keys, wanted, order)
+    shelf = later.deliver(shelf, copies, wanted, order, layer.x)
+    return memory, shelf, copies.count

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.decode import PREFILL_CHUNK, check_room, chunks, step, token_ids
-from moejax.errors import InputError, NonFiniteError
+from moejax.decode import check_room, chunks, step, token_ids
+from moejax.errors import InputError, LinkError, NonFiniteError
+from moejax.kernels.transport import Store
 from moejax.models.transformer import Decoder
 from moejax.policy import Policy
 from moejax.sampling import (
@@ -36,6 +37,8 @@ class Totals:
     prefetched: jax.Array  # [] i32
     host: jax.Array  # [] i32
     replaced_mass: jax.Array  # [] f32
+    stall: jax.Array  # [] i32, microseconds
+    failure: jax.Array  # [] i32, the greatest of the layers'
 
 
 @pytree
@@ -77,6 +80,7 @@ class Stats:
     prefill_moved: int = 0  # of `fetched` and `prefetched`
     host: int = 0  # experts computed on the host, prefill included
     replaced_mass: float = 0.0
+    stall_seconds: float = 0.0  # of decode, waited for a link
     virtual: bool = False  # weights are read in place: nothing is copied
     label: str = "bit-exact"  # or "faithful" (same routing, other rounding) or "lossy"
     ttft: float | None = None
@@ -121,6 +125,7 @@ class Stats:
         else:
             self.needed += int(counted.needed)
             self.hits += int(counted.hits)
+            self.stall_seconds += float(counted.stall) / 1e6
 
     def as_dict(self) -> dict[str, Any]:
         """All fields and derived figures, for JSON."""
@@ -139,6 +144,8 @@ def _totals(trace: StepTrace | None) -> Totals | None:
         prefetched=trace.prefetched.sum(),
         host=trace.host.sum(),
         replaced_mass=trace.replaced_mass.sum(),
+        stall=trace.stall.sum(),
+        failure=trace.failure.max(),
     )
 
 
@@ -191,7 +198,7 @@ class Engine:
     params: dict
     store: ExpertStore | None
     context: int  # tokens per sequence
-    chunk: int = PREFILL_CHUNK
+    link: Store | None = None  # of a store behind a link
 
     def tokens(
         self,
@@ -215,6 +222,7 @@ class Engine:
         Raises:
             InputError: an empty prompt, a token out of range, or a context too small.
             NonFiniteError: NaN or infinity in the logits.
+            LinkError: expert records did not arrive.
         """
         prompts = [token_ids(p, self.model.config.vocab_size) for p in prompts]
         if max_new_tokens < 1:
@@ -228,11 +236,12 @@ class Engine:
         pending = np.full(len(prompts), -1, np.int32)
         drawn, done = None, 0
         stats.prompt_tokens += sum(len(p) for p in prompts)
-        for tokens in chunks(prompts, self.chunk):
+        for tokens in chunks(prompts):
             state, seen, drawn = generate_step(*fixed, state, tokens, sampling, key, seen, top=top)
             stats.add(drawn.totals, prefill=True)
-            ends = [done < len(p) <= done + self.chunk for p in prompts]
-            done += self.chunk
+            size = tokens.shape[1]
+            ends = [done < len(p) <= done + size for p in prompts]
+            done += size
             first = self._collect(drawn, np.array(ends))
             for token in first:
                 pending[token.sequence] = token.id
@@ -259,7 +268,10 @@ class Engine:
             finished |= np.isin(pending, list(stop_ids))
 
     def _collect(self, drawn: Drawn, active: np.ndarray) -> list[Token]:
-        host = jax.device_get(dataclasses.replace(drawn, totals=None))
+        host = jax.device_get(drawn)
+        if host.totals is not None and host.totals.failure:
+            why = self.link.last_error() if self.link else f"status {int(host.totals.failure)}"
+            raise LinkError(f"expert records did not arrive: {why}; the step was not made")
         if (host.bad & active).any():
             raise NonFiniteError(
                 "the logits hold NaN or infinity; check the weights (`moejax inspect --verify`) or "

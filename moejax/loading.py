@@ -4,10 +4,12 @@ import os
 import pathlib
 from typing import Any
 
-from moejax import allocator, decode, devices, orbax_directory
-from moejax.checkpoints import convert, headers, hf
+from moejax import allocator, decode, devices, orbax_directory, tiers
+from moejax.checkpoints import convert, gguf_file, gguf_model, headers, hf
+from moejax.checkpoints.rules import WeightMap
 from moejax.config import ModelConfig, read_config_json
-from moejax.errors import BudgetError, InputError
+from moejax.errors import BudgetError, CheckpointError, InputError
+from moejax.formats import quant_format
 from moejax.hub import resolve
 from moejax.layout import DTYPES
 from moejax.models import config_from_hf, family
@@ -23,28 +25,43 @@ def load(
     path_or_name: str | os.PathLike = "tiny",
     *,
     dtype: str = "bfloat16",
+    quant: str | None = None,
+    group: int = 32,
     device_memory: int | str | None = None,
+    host_memory: int | str | None = None,
     slots: int | None = None,
     policy: str | Policy = "lru",
     context: int | None = None,
     batch: int = 1,
     virtual: bool = False,
+    link: str | None = None,
+    kernels: str | None = None,
     check_finite: bool = True,
+    check_records: bool = False,
     progress: Any = None,
 ) -> Runtime:
     """Load a model so that it runs under a budget.
 
     Args:
-        path_or_name: "tiny" (the embedded model), a Hugging Face or converted directory, or a hub
-            id such as "Qwen/Qwen3-30B-A3B".
+        path_or_name: "tiny" (the embedded model), a Hugging Face or converted directory, a .gguf
+            file, or a hub id such as "Qwen/Qwen3-30B-A3B".
         dtype: "bfloat16" or "float32"; weights are converted, sums are always f32.
+        quant: "int8" or "int4" quantises the experts and the other linear maps while they are
+            read; None takes what a converted directory holds.
+        group: columns that share a scale with "int4", 32 or 64.
         device_memory: bytes, or text such as "6GiB": dense weights, KV cache and workspace are
             counted, the rest becomes expert slots.
-        slots: experts on the device at once, instead of `device_memory`; None = all.
+        host_memory: likewise, on a machine without a GPU; what does not fit stays on the disk, in
+            a converted directory (made once, in the cache directory, if the model is none).
+        slots: experts in fast memory at once, instead of a budget; None = all.
         policy: a preset's name or a Policy.
         context: tokens per sequence that the KV cache holds; default the model's, at most 4096.
-        batch: sequences at once that `device_memory` must hold the KV caches of.
+        batch: sequences at once that a budget must hold the KV caches of.
         virtual: the tables say what is resident, weights are read in place and nothing is copied.
+        link: "disk" reads experts from a bank into slots; "paced:GB_PER_S,LATENCY_US" moves them
+            from memory at that rate. Without a GPU only.
+        kernels: "native" or "reference"; default native where they can be built, on a CPU.
+        check_records: compare the checksum of every record read from a disk.
         progress: called with (bytes read, bytes in all).
 
     Raises:
@@ -52,41 +69,79 @@ def load(
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if slots is not None and device_memory is not None:
-        raise BudgetError("give device_memory or slots, not both")
+    if sum(budget is not None for budget in (slots, device_memory, host_memory)) > 1:
+        raise BudgetError("give one of device_memory, host_memory and slots")
     if not isinstance(slots, int | None) or not isinstance(batch, int) or batch < 1:
         raise InputError(f"slots and batch must be whole numbers, not {slots!r} and {batch!r}")
+    over = None if link is None else tiers.parse_link(link)
     devices.use_compilation_cache()
-    directory = resolve(path_or_name)
-    config = config_from_hf(read_config_json(directory))
+    source = source_path(path_or_name)
+    config = config_from_hf(read_config(source))
+    quant = _quantised(source, quant_format(quant, group))
     memory = None if device_memory is None else parse_bytes(device_memory)
-    _bound_allocator(config, dtype, memory)  # before anything starts JAX
+    _bound_allocator(config, quant or dtype, memory)  # before anything starts JAX
     chosen = named_policy(policy) if config.moe_layers else None
     context = decode.checked_context(config, context)
-    model = Decoder(config, dtype)
+    model = Decoder(config, dtype, quant, devices.kernels(kernels))
+    directory = source.parent if gguf_file.is_gguf(source) else source
     total = config.num_moe_layers * config.num_experts
     if memory is not None:
         slots = devices.slots_for(model, chosen, memory, context, batch)
+    if host_memory is not None:
+        over, slots = tiers.on_host(model, chosen, parse_bytes(host_memory), context, batch, over)
     slots = total if slots is None else min(slots, total)
     if config.moe_layers and slots < config.top_k:
         raise BudgetError(
             f"{slots} slots cannot hold the top-{config.top_k} of one layer: give {config.top_k}"
         )
-    everything = slots == total
-    flat, records = _read(directory, model, everything, check_finite, progress)
+    tiers.check(over, model, virtual)
+    if over and over.kind == "disk":
+        source = tiers.bank_directory(source, _weights(model), quant, progress)
+    flat, records = _read(source, model, slots == total, check_finite, progress)
+    opened = over and tiers.open_link(over, source, records, check_records)
+    if over and over.kind == "disk":
+        records = None
     return Runtime(
         config=config,
         model=model,
         params=devices.dense_params(flat),
-        store=devices.store(config, records, dtype, on_device=everything),
+        store=devices.store(config, records, quant or dtype, on_device=slots == total, link=opened),
         policy=chosen,
         slots=slots,
         context=context,
         generation_config=_generation_config(directory),
         directory=directory,
         virtual=virtual,
-        max_batch=None if memory is None else batch,
+        max_batch=batch if memory is not None or host_memory is not None else None,
+        link=opened,
+        tier=str(over) if over else None,
     )
+
+
+def source_path(path_or_name: str | os.PathLike) -> pathlib.Path:
+    """The .gguf file, or the directory that `hub.resolve` finds."""
+    path = pathlib.Path(path_or_name).expanduser()
+    return path if gguf_file.is_gguf(path) else resolve(path_or_name)
+
+
+def read_config(source: pathlib.Path) -> dict[str, Any]:
+    """The config.json of a model directory, or what it would say of a .gguf file."""
+    return (gguf_model.read_config if gguf_file.is_gguf(source) else read_config_json)(source)
+
+
+def _quantised(source: pathlib.Path, quant: str | None) -> str | None:
+    """Format of the quantised weights once loaded, None for floats."""
+    converted = convert.is_converted(source)
+    if not converted and not orbax_directory.is_orbax(source):
+        return quant
+    about = convert.quantisation(source) if converted else None
+    stored = about and about["quant"]
+    if quant not in (None, stored):
+        raise CheckpointError(
+            f"{source} is converted, to {stored or 'floats'}: load the original with quant, or "
+            f"convert it to {quant}"
+        )
+    return stored
 
 
 def _bound_allocator(config: ModelConfig, dtype: str, memory: int | None) -> None:
@@ -96,14 +151,20 @@ def _bound_allocator(config: ModelConfig, dtype: str, memory: int | None) -> Non
 
 
 def _read(
-    directory: pathlib.Path, model: Decoder, on_device: bool, check_finite: bool, progress: Any
+    source: pathlib.Path, model: Decoder, on_device: bool, check_finite: bool, progress: Any
 ) -> tuple[dict[str, Any], Any]:
-    if orbax_directory.is_orbax(directory):
-        return orbax_directory.load_directory(directory, model, on_device=on_device)
-    weights = weight_map(model.config, family(model.config.model_type).rules, model.dtype)
-    if convert.is_converted(directory):
-        return convert.load_converted(directory, weights)
-    return hf.load(directory, weights, check_finite=check_finite, progress=progress)
+    if orbax_directory.is_orbax(source):
+        return orbax_directory.load_directory(source, model, on_device=on_device)
+    weights = _weights(model)
+    if convert.is_converted(source):
+        return convert.load_converted(source, weights)
+    weights = weights.quantised(model.quant)
+    return hf.load(source, weights, check_finite=check_finite, progress=progress)
+
+
+def _weights(model: Decoder) -> WeightMap:
+    """How the float model's weights are found and where they go."""
+    return weight_map(model.config, family(model.config.model_type).rules, model.dtype)
 
 
 def _generation_config(directory: pathlib.Path) -> dict[str, Any]:

@@ -61,13 +61,13 @@ def load_directory(
 ) -> tuple[dict[str, jax.Array], jax.Array | None]:
     """Restore dense parameters by path and records [L * E, R], each straight into its memory.
 
-    Parameters come in their `held_dtype`.
+    Parameters come as they are held.
     Raises CheckpointError when the checkpoint is damaged or does not fit the config or the dtype.
     """
     abstract: dict[str, Any] = {"params": devices.abstract_params(model)}
     if model.config.moe_layers:
         sharding = devices.store_sharding(on_device)
-        store = devices.abstract_store(model.config, model.dtype)
+        store = devices.abstract_store(model)
         abstract["store"] = jax.tree.map(lambda leaf: leaf.update(sharding=sharding), store)
     tree = orbax.restore(pathlib.Path(directory) / TREE, abstract)
     flat = {f"{group}/{name}": a for group, d in tree["params"].items() for name, a in d.items()}

@@ -13,6 +13,7 @@ from moejax import decode, devices
 from moejax.config import ModelConfig
 from moejax.errors import BudgetError, InputError, TokenizerError
 from moejax.generate import Engine, Stats, Token
+from moejax.kernels.transport import Store
 from moejax.models.transformer import Decoder
 from moejax.policy import Policy
 from moejax.sampling import Sampling, mark_seen, sampling_from
@@ -54,6 +55,8 @@ class Runtime:
     directory: pathlib.Path
     virtual: bool = False
     max_batch: int | None = None  # sequences that the memory budget counted, None = no limit
+    link: Store | None = None  # what experts are moved over; open as long as the runtime lives
+    tier: str | None = None  # the link's name
     stats: Stats = dataclasses.field(init=False)
     _tokenizer: Tokenizer | None = dataclasses.field(default=None, init=False, repr=False)
 
@@ -70,7 +73,8 @@ class Runtime:
     @property
     def engine(self) -> Engine:
         """The fixed arguments of the step, with the loops over it."""
-        return Engine(self.model, self.policy, self.params, self.store, self.context)
+        fixed = (self.model, self.policy, self.params, self.store)
+        return Engine(*fixed, context=self.context, link=self.link)
 
     @property
     def slots_in_use(self) -> int:
@@ -259,7 +263,8 @@ class Runtime:
     def _fresh_stats(self) -> Stats:
         if self.store is None:
             return Stats(record_bytes=0, label=devices.exactness())
-        everything = self.slots == len(self.store.records)
+        total = self.config.num_moe_layers * self.config.num_experts
+        everything = self.slots == total and self.link is None
         return Stats(
             record_bytes=self.store.layout.stride,
             label="lossy" if not self.policy.exact else devices.exactness(),

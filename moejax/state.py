@@ -32,9 +32,10 @@ def static(**kwargs: Any) -> Any:
 
 @pytree
 class ExpertStore:
-    """The full set of experts, on the host; never changes."""
+    """The full set of experts, on the host or behind a link; never changes."""
 
-    records: jax.Array  # [L * E, R] bits
+    records: jax.Array | None  # [L * E, R] bits; None = only to be had over the link
+    link: jax.Array | None = None  # [] i32, handle of a `kernels.transport.Store`; None = memory
     layout: RecordLayout = static()
 
 
@@ -53,6 +54,8 @@ class ExpertCache:
 
     pool: jax.Array  # [S, R] bits; [0, R] = virtual: the tables decide, weights are read in place
     residency: Residency
+    # [S] bool, slots whose record is still to be moved over the link; None without a link
+    arriving: jax.Array | None = None
 
 
 @pytree
@@ -102,6 +105,8 @@ class StepTrace:
     prefetched: jax.Array  # [L] i32, records copied ahead for a later layer, while in this one
     host: jax.Array  # [L] i32, experts computed on the host
     passes: jax.Array  # [L] i32, passes over the slots
+    stall: jax.Array  # [L] i32, microseconds waited for the link
+    failure: jax.Array  # [L] i32, 0, or why records did not arrive (`kernels.transport.Status`)
     replaced_mass: jax.Array  # [L] f32, router weight moved to stand-ins, summed over tokens
     scores: jax.Array | None  # [L, N, E] f32, full router scores when recording them
 

@@ -61,11 +61,13 @@ class Terminal:
 
     @contextlib.contextmanager
     def status(self, label: str) -> Iterator[None]:
-        """A spinner while the body runs, then a line with its time."""
+        """A spinner while the body runs, then a line with its time if that was over a second."""
         begun = time.perf_counter()
         with self.console.status(label):
             yield
-        self.note(f"{label}: {time.perf_counter() - begun:.1f} s")
+        elapsed = time.perf_counter() - begun
+        if elapsed > PATIENCE:
+            self.note(f"{label}: {elapsed:.1f} s")
 
     def note(self, text: str) -> None:
         """One dim line."""

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import moejax
 from moejax import cli, errors
 
-COMMANDS = ["generate", "chat", "inspect", "convert", "doctor"]
+COMMANDS = ["generate", "chat", "inspect", "convert", "bench", "build-native", "doctor"]
 SLOTS = 6
 
 

@@ -16,20 +16,23 @@ MODULE_LINES, FUNCTION_LINES = 400, 60
 
 # From the bottom up: a module imports only from its own group and those before it.
 GROUPS = {
-    "data": "errors layout units config state",
+    "data": "errors layout formats quantise units hardware config state",
     "decisions": "routing eviction residency placement policy sampling prediction speculation",
     "mechanism": (
-        "experts models detokenize chat text decode generate speculate kernels checkpoints"
+        "supply experts models detokenize chat text decode generate speculate kernels checkpoints"
     ),
     "analysis": "trace cost plan simulate metrics plots",
     "edges": (
-        "allocator devices hub orbax_directory runtime loading session describe doctor terminal "
-        "commands conversation evaluate bench cli __main__"
+        "allocator devices measure tiers hub orbax_directory runtime loading session describe "
+        "doctor terminal commands conversation evaluate bench options cli __main__"
     ),
 }
 LEVEL = {name: i for i, names in enumerate(GROUPS.values()) for name in names.split()}
 # Leaves that know only how an expert lies in its record.
-LEAVES = {"kernels": {"errors", "layout"}, "checkpoints": {"errors", "layout"}}
+LEAVES = {
+    "kernels": {"errors", "layout"},
+    "checkpoints": {"errors", "layout", "formats", "quantise"},
+}
 
 
 def module_of(file):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.config import ModelConfig
+from moejax.kernels import rms_norm
 from moejax.models.layers import (
     KV_BLOCK,
     Span,
@@ -14,7 +15,6 @@ from moejax.models.layers import (
     bits_dtype,
     einsum,
     from_bits,
-    rms_norm,
     to_bits,
     write_rows,
 )
@@ -44,7 +44,7 @@ def latent_attention(
     kv = _write(config, w, layer, x, kv, span)
     query = _query(config, w, x).reshape(b, t, heads, -1)
     rope_query = rotate(config.rope, query[..., latent.nope_dim :], span.cos, span.sin)
-    up = w["kv_b"].reshape(heads, latent.nope_dim + latent.v_dim, rank)
+    up = w["kv_b"].array().reshape(heads, latent.nope_dim + latent.v_dim, rank)
     to_key, to_value = up[:, : latent.nope_dim], up[:, latent.nope_dim :]
     absorbed = _per_head("bthn,hnr->bthr", query[..., : latent.nope_dim], to_key)
 

@@ -6,15 +6,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from moejax import kernels
 from moejax.config import ModelConfig
-from moejax.kernels import linear
+from moejax.kernels import Weight, cpu, rms_norm
 from moejax.layout import BITS
 from moejax.models.rope import rotate
 from moejax.state import KVCache, pytree
 
 KV_BLOCK = 128  # positions attended at a time; the KV capacity is a multiple of it
 
-Weights = dict[str, jax.Array]
+Weights = dict[str, Weight]
 # (start) -> f32 keys [B, P, G, H] and values [B, P, G, V] of P = KV_BLOCK positions from start
 Blocks = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
@@ -36,27 +37,15 @@ einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def at(weights: Weights, layer: jax.Array) -> Weights:
-    """The weights of one layer, from stacks of bits."""
-
-    def slice_one(stack: jax.Array) -> jax.Array:
-        bits = jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
-        return jax.lax.bitcast_convert_type(bits, jnp.dtype(bits_dtype(bits)))
-
-    return {name: slice_one(stack) for name, stack in weights.items()}
+    """The weights of one layer, from stacks."""
+    return {name: weight.at(layer) for name, weight in weights.items()}
 
 
 def affine(x: jax.Array, weights: Weights, name: str) -> jax.Array:
     """Linear map `name` of one layer's weights, with its bias if it has one."""
-    y = linear(x, weights[name])
+    y = kernels.linear(x, weights[name])
     bias = weights.get(f"{name}_bias")
-    return y if bias is None else y + bias.astype(jnp.float32)
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis, in f32."""
-    x = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
-    return x * scale * weight.astype(jnp.float32)
+    return y if bias is None else y + bias.array().astype(jnp.float32)
 
 
 def to_bits(x: jax.Array, bits: jax.Array, dtype: str) -> jax.Array:
@@ -152,15 +141,37 @@ def grouped_query_attention(
         values=write_rows(kv.values, layer, to_bits(project("v", g), kv.values, dtype), span),
     )
 
+    out = _attend_cache(config, query, kv, layer, span)
+    return affine(out.reshape(b, t, -1), w, "o"), kv
+
+
+def _attend_cache(
+    config: ModelConfig, query: jax.Array, kv: KVCache, layer: jax.Array, span: Span
+) -> jax.Array:
+    """Attention of query [B, T, heads, H] to the cache, by head."""
+    if kernels.chosen() == "native":
+        window = span.window[layer]
+        return cpu.attend(
+            query,
+            kv.keys,
+            kv.values,
+            layer,
+            span.positions,
+            span.valid,
+            window,
+            scale=config.attention_scale,
+        )
+    b, t, _, h = query.shape
+    g = config.num_kv_heads
+
     def blocks(start: jax.Array) -> tuple[jax.Array, jax.Array]:
         def read(cache: jax.Array) -> jax.Array:
             part = jax.lax.dynamic_slice(
                 cache, (layer, 0, start, 0, 0), (1, b, KV_BLOCK, g, cache.shape[-1])
             )
-            return from_bits(part[0], dtype)
+            return from_bits(part[0], bits_dtype(cache))
 
         return read(kv.keys), read(kv.values)
 
     query = query.reshape(b, t, g, config.num_heads // g, h)
-    out = attend(query, blocks, h, span, layer, config.attention_scale)
-    return affine(out.reshape(b, t, -1), w, "o"), kv
+    return attend(query, blocks, h, span, layer, config.attention_scale)

@@ -1,11 +1,13 @@
 """Names and shapes of a model's dense parameters: declared once, used to load, restore and plan."""
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 
 from moejax.config import ModelConfig
-from moejax.layout import BITS, DTYPES
+from moejax.formats import held_shape, parameter_format
+from moejax.layout import BITS, MatrixLayout
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -84,12 +86,45 @@ def is_stacked(path: str) -> bool:
     return path.split("/")[0] not in ("embed", "final_norm", "head")
 
 
-def held_dtype(path: str, dtype: str) -> np.dtype:
-    """Type in which a parameter of `dtype` is held on the device: stacks are bits.
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """How a parameter is held on the device."""
 
-    XLA's CPU backend would convert a whole bf16 stack to f32 before the loop over layers.
+    shape: tuple[int, ...]  # of the array
+    dtype: np.dtype
+    weight: tuple[int, ...]  # shape of the weight, or of the stack of weights
+    format: str  # one of layout.FORMATS
+    stacked: bool
+
+    @property
+    def vector(self) -> bool:
+        """Whether each weight is a vector."""
+        return len(self.weight) == 1 + self.stacked
+
+    @property
+    def layout(self) -> MatrixLayout:
+        """Of each weight; a vector is one row."""
+        rows = 1 if self.vector else self.weight[-2]
+        return MatrixLayout(rows, self.weight[-1], self.format)
+
+
+def held_parameters(config: ModelConfig, dtype: str, quant: str | None = None) -> dict[str, Held]:
+    """How every dense parameter is held, by path: as unsigned bits, like experts.
+
+    XLA's CPU backend would convert a whole bf16 stack to f32 before the loop over layers, and the
+    native kernels take bits.
     """
-    return (BITS if is_stacked(path) else DTYPES)[dtype]
+    held = {}
+    for path, shape in parameter_shapes(config).items():
+        format = parameter_format(path, dtype, quant, config.tied_embeddings)
+        held[path] = Held(
+            shape=held_shape(shape, format),
+            dtype=BITS[format],
+            weight=shape,
+            format=format,
+            stacked=is_stacked(path),
+        )
+    return held
 
 
 def stack_index(config: ModelConfig) -> Callable[[str, int], int | None]:

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from moejax import experts as expert_layer
+from moejax import kernels
 from moejax.config import ModelConfig
-from moejax.kernels import linear, swiglu
-from moejax.layout import BITS
+from moejax.kernels import Weight, linear, rms_norm, swiglu
+from moejax.layout import DTYPES, QUANTISED
 from moejax.models.latent import latent_attention
-from moejax.models.layers import Span, Weights, at, grouped_query_attention, rms_norm
+from moejax.models.layers import Span, Weights, at, from_bits, grouped_query_attention
 from moejax.models.rope import cos_sin
-from moejax.models.shapes import is_stacked, parameter_shapes
+from moejax.models.shapes import Held, held_parameters
 from moejax.policy import Policy
 from moejax.state import (
     DecodeState,
@@ -30,35 +31,41 @@ _normal = nn.initializers.normal(0.02)
 
 
 class Stack(nn.Module):
-    """The parameters of one kind of sublayer, stacked over layers: then held as bits."""
+    """The parameters of one kind of sublayer, as they are held."""
 
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]
-    dtype: str
+    held: tuple[tuple[str, Held], ...]
 
     @nn.compact
     def __call__(self) -> Weights:
-        """The parameters by name."""
-        init = _normal_bits if is_stacked(self.name) else _normal
-        return {n: self.param(n, init, shape, self.dtype) for n, shape in self.shapes}
+        """The weights by name; those of stacks still want a layer."""
+        return {
+            name: Weight(
+                data=self.param(name, _initial, held), layout=held.layout, vector=held.vector
+            )
+            for name, held in self.held
+        }
 
 
-def _normal_bits(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
-    return jax.lax.bitcast_convert_type(_normal(key, shape, dtype), BITS[dtype])
+def _initial(key: jax.Array, held: Held) -> jax.Array:
+    if held.format in QUANTISED:  # quantised weights are made from loaded ones, never drawn
+        return jnp.zeros(held.shape, held.dtype)
+    floats = _normal(key, held.weight, DTYPES[held.format])
+    return jax.lax.bitcast_convert_type(floats, held.dtype)
 
 
 class Decoder(nn.Module):
     """A decoder-only transformer; its experts come in as a store and a cache, not as parameters."""
 
     config: ModelConfig
-    dtype: str = "bfloat16"
+    dtype: str = "bfloat16"  # of the KV cache and of the weights that are not quantised
+    quant: str | None = None  # format of the dense linear maps, a quantised one or None
+    kernels: str = "reference"  # or "native"
 
     def _weights(self) -> dict[str, Weights]:
-        shapes = sorted(parameter_shapes(self.config).items())
-        groups = itertools.groupby(shapes, key=lambda item: item[0].split("/")[0])
+        held = sorted(held_parameters(self.config, self.dtype, self.quant).items())
+        groups = itertools.groupby(held, key=lambda item: item[0].split("/")[0])
         return {
-            group: Stack(
-                tuple((path.split("/")[1], shape) for path, shape in items), self.dtype, name=group
-            )()
+            group: Stack(tuple((path.split("/")[1], how) for path, how in items), name=group)()
             for group, items in groups
         }
 
@@ -79,9 +86,21 @@ class Decoder(nn.Module):
             all_logits: logits of every position [B, T, V] instead of each sequence's last [B, V].
             scores: keep the full router scores in the trace.
         """
+        with kernels.using(self.kernels):
+            return self._run(policy, store, state, tokens, all_logits, scores)
+
+    def _run(
+        self,
+        policy: Policy | None,
+        store: ExpertStore | None,
+        state: DecodeState,
+        tokens: jax.Array,
+        all_logits: bool,
+        scores: bool,
+    ) -> tuple[DecodeState, StepOutput]:
         config, weights = self.config, self._weights()
         span = _span(config, state.length, tokens)
-        x = weights["embed"]["weight"][jnp.maximum(tokens, 0)].astype(jnp.float32)
+        x = from_bits(weights["embed"]["weight"].data[jnp.maximum(tokens, 0)], self.dtype)
         carry = (x, state.kv, state.experts, state.policy)
         traces = []
         for moe, first, index, count in _segments(config):
@@ -94,12 +113,16 @@ class Decoder(nn.Module):
             carry, trace = jax.lax.scan(body, carry, jnp.arange(count))
             traces += [trace] if moe else []
         x, kv, cache, memory = carry
-        state = DecodeState(kv=kv, experts=cache, policy=memory, length=span.length)
         trace = jax.tree.map(lambda *parts: jnp.concatenate(parts), *traces) if traces else None
         logits = _logits(config, weights, x, span, all_logits)
         # Positions beyond the KV cache were not written: better no numbers than wrong ones.
-        full = span.length > jax.tree.leaves(kv)[0].shape[2]
-        logits = jnp.where(full.reshape(-1, *[1] * (logits.ndim - 1)), jnp.nan, logits)
+        wrong, length = span.length > jax.tree.leaves(kv)[0].shape[2], span.length
+        if store is not None and store.link is not None:
+            # Records did not arrive: as if the step had not been, but for slots filled by then.
+            failed = trace.failure.any()
+            wrong, length = wrong | failed, jnp.where(failed, state.length, length)
+        logits = jnp.where(wrong.reshape(-1, *[1] * (logits.ndim - 1)), jnp.nan, logits)
+        state = DecodeState(kv=kv, experts=cache, policy=memory, length=length)
         return state, StepOutput(logits=logits, trace=trace)
 
 
@@ -186,8 +209,8 @@ def _moe_layer(
     )
 
     def gate(hidden: jax.Array, target: jax.Array) -> jax.Array:
-        norms = at(weights["norms"], jnp.asarray(config.moe_layers)[target])
-        return _router(weights, rms_norm(hidden, norms["post"], config.norm_eps), target)
+        norm = weights["norms"]["post"].at(jnp.asarray(config.moe_layers)[target])
+        return _router(weights, rms_norm(hidden, norm, config.norm_eps), target)
 
     out, cache, memory, counts = expert_layer.apply(policy, store, cache, memory, layer, gate)
     if config.shared_width:
@@ -208,14 +231,8 @@ def _moe_layer(
 
 def _router(weights: dict[str, Weights], x: jax.Array, layer: jax.Array) -> jax.Array:
     """Scores [N, E] f32 over all experts for normed x [N, D]."""
-    router = at(weights["moe"], layer)["router"]
-    logits = jax.lax.dot_general(
-        x,
-        router.astype(jnp.float32),
-        (((1,), (1,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-    )
-    return jax.nn.softmax(logits, axis=-1)
+    router = weights["moe"]["router"].at(layer)
+    return kernels.softmax(kernels.linear(x, router, round_input=False))
 
 
 def _logits(

@@ -1,0 +1,57 @@
+"""Options that several commands share."""
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", help="'tiny' (embedded), a directory, a .gguf file, or a hub id."
+    ),
+]
+Slots = Annotated[
+    int | None, typer.Option(help="Experts on the device at once, over all layers; default all.")
+]
+DeviceMemory = Annotated[
+    str | None,
+    typer.Option(help="Budget such as 6GiB for weights, KV cache and workspace, not with --slots."),
+]
+HostMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Likewise, without a GPU: experts that do not fit stay on the disk.",
+    ),
+]
+Link = Annotated[
+    str | None,
+    typer.Option(
+        help="Move experts from 'disk', or from memory at 'paced:GB_PER_S,LATENCY_US' (no GPU)."
+    ),
+]
+Quant = Annotated[str | None, typer.Option(help="Quantise while loading: int8 or int4.")]
+Group = Annotated[int, typer.Option(help="Columns that share a scale with int4: 32 or 64.")]
+Kernels = Annotated[
+    str | None, typer.Option(help="'native' or 'reference'; default native where it can be built.")
+]
+PolicyName = Annotated[str, typer.Option("--policy", help="How experts are kept and fetched.")]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", "-n", min=1, help="At most this many tokens.")
+]
+Temperature = Annotated[
+    float | None, typer.Option(help="0 takes the likeliest token; default the model's.")
+]
+TopK = Annotated[int | None, typer.Option(help="Draw from this many likeliest; 0 = all.")]
+TopP = Annotated[float | None, typer.Option(help="Draw from the likeliest of this total share.")]
+MinP = Annotated[float | None, typer.Option(help="Drop tokens below this share of the likeliest.")]
+Penalty = Annotated[
+    float | None, typer.Option("--repetition-penalty", help="Above 1 avoids tokens already seen.")
+]
+Seed = Annotated[int, typer.Option(help="Same seed, same text.")]
+Stop = Annotated[list[str], typer.Option(help="End at this text; may be given several times.")]
+Context = Annotated[int | None, typer.Option(help="Tokens per sequence that the KV cache holds.")]
+Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.")]
+Virtual = Annotated[bool, typer.Option("--virtual", help="Count transfers, but copy nothing.")]
+WarmUp = Annotated[bool, typer.Option(help="Compile before the first token is timed.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]

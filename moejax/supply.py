@@ -1,0 +1,228 @@
+"""How one layer's experts come into slots: copied from memory, or moved over a link.
+
+Residency is logical: the tables change when a policy decides, never when a record arrives. A slot
+whose record is still on its way is marked `arriving`, and whoever needs it waits. So no result
+depends on timing.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moejax import kernels
+from moejax import residency as tables
+from moejax.kernels import transport
+from moejax.policy import Policy
+from moejax.state import ExpertCache, ExpertStore, Residency, pytree
+
+
+@pytree
+class Shelf:
+    """What the passes of a layer read experts from."""
+
+    source: jax.Array  # the pool, or the store's records when weights are read in place
+    residency: Residency
+    arriving: jax.Array | None  # see ExpertCache
+
+
+@pytree
+class Moved:
+    """What was brought."""
+
+    records: jax.Array  # [] i32
+    stall: jax.Array  # [] i32, microseconds
+    failure: jax.Array  # [] i32, see StepTrace
+
+    @classmethod
+    def none(cls) -> "Moved":
+        """Nothing yet."""
+        zero = jnp.int32(0)
+        return cls(records=zero, stall=zero, failure=zero)
+
+    def add(self, count: jax.Array, stall: jax.Array, failure: jax.Array) -> "Moved":
+        """With a pass more; the first failure stays."""
+        return Moved(
+            records=self.records + count,
+            stall=self.stall + stall,
+            failure=jnp.where(self.failure > 0, self.failure, failure),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Supply:
+    """The supply of one layer's experts under a policy."""
+
+    policy: Policy
+    store: ExpertStore
+    layer: jax.Array  # [] i32
+    experts: int  # E
+    virtual: bool  # weights are read in place
+
+    @classmethod
+    def of(
+        cls, policy: Policy, store: ExpertStore, cache: ExpertCache, layer: jax.Array, experts: int
+    ) -> "Supply":
+        """For a layer, given the cache before it."""
+        return cls(policy, store, layer, experts, cache.pool.shape[0] == 0)
+
+    def open(self, cache: ExpertCache) -> Shelf:
+        """The shelf that passes work on."""
+        return Shelf(
+            source=self.store.records if self.virtual else cache.pool,
+            residency=cache.residency,
+            arriving=cache.arriving,
+        )
+
+    def close(self, cache: ExpertCache, shelf: Shelf) -> ExpertCache:
+        """The cache after the passes."""
+        return ExpertCache(
+            pool=cache.pool if self.virtual else shelf.source,
+            residency=shelf.residency,
+            arriving=shelf.arriving,
+        )
+
+    def slots(self, residency: Residency) -> jax.Array:
+        """[E] slots of the layer's experts, -1 = absent."""
+        capacity = tables.usable(residency, self.experts, self.policy.capacity)
+        return tables.layer_slots(residency, self.layer, self.experts, capacity)
+
+    def ids(self) -> jax.Array:
+        """[E] ids of the layer's experts."""
+        return self.layer * self.experts + jnp.arange(self.experts, dtype=jnp.int32)
+
+    def find(
+        self, shelf: Shelf, keys: jax.Array, wanted: jax.Array, order: jax.Array
+    ) -> tuple[Shelf, tables.Copies]:
+        """Give slots to as many absent ones of the experts `wanted` [E] as possible, in order."""
+        residency = shelf.residency
+        capacity = tables.usable(residency, self.experts, self.policy.capacity)
+        if kernels.chosen() == "reference":
+            residency, copies = tables.bring(residency, keys, self.layer, wanted, order, capacity)
+        else:
+            slot_of, owner, slot, expert, count = transport.plan_fetch(
+                residency.slot_of,
+                residency.owner,
+                residency.home,
+                keys,
+                wanted,
+                order,
+                self.layer,
+                capacity,
+            )
+            residency = Residency(slot_of=slot_of, owner=owner, home=residency.home)
+            copies = tables.Copies(slot=slot, expert=expert, count=count)
+        arriving = shelf.arriving
+        if arriving is not None:
+            brought = jnp.arange(self.experts) < copies.count
+            slot = jnp.where(brought, copies.slot, arriving.shape[0])
+            arriving = arriving.at[slot].set(True, mode="drop")
+        return Shelf(source=shelf.source, residency=residency, arriving=arriving), copies
+
+    def request(
+        self, shelf: Shelf, wanted: jax.Array, order: jax.Array, kind: Any, after: jax.Array
+    ) -> Shelf:
+        """Begin to move what is `wanted` [E] and not there over the link; nothing without one."""
+        if shelf.arriving is None:
+            return shelf
+        slots = self.slots(shelf.residency)
+        wanted = wanted & ((slots < 0) | shelf.arriving[slots])
+        first, count = _first(wanted[order])
+        token = transport.request(self.store.link, self.ids()[order][first], count, kind, after)
+        return dataclasses.replace(shelf, arriving=_behind(shelf.arriving, token))
+
+    def compute(
+        self,
+        shelf: Shelf,
+        copies: tables.Copies,
+        pending: jax.Array,
+        plan: Any,
+        x: jax.Array,
+        rows: jax.Array,
+    ) -> tuple[Shelf, jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+        """Run those of the experts `pending` [E] that have a slot, once their records are there.
+
+        Returns:
+            The shelf, the rows, which experts ran [E], and (stall, failure) of this pass.
+        """
+        slots = self.slots(shelf.residency)
+        run = pending & (slots >= 0)
+        if shelf.arriving is not None:
+            return self._compute_over_link(shelf, slots, run, plan, x, rows)
+        source = shelf.source
+        if not self.virtual:
+            source = kernels.fetch(
+                source, self.store.records, copies.slot, copies.expert, copies.count, rows
+            )
+        index = jnp.where(run, self.ids() if self.virtual else slots, -1)
+        source, rows = kernels.experts(self.store.layout, source, index, plan, x, rows)
+        zero = jnp.int32(0)
+        return dataclasses.replace(shelf, source=source), rows, run, (zero, zero)
+
+    def _compute_over_link(
+        self,
+        shelf: Shelf,
+        slots: jax.Array,
+        run: jax.Array,
+        plan: Any,
+        x: jax.Array,
+        rows: jax.Array,
+    ) -> tuple[Shelf, jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+        """Experts that are there run while the records of the others move."""
+        layout, late = self.store.layout, run & shelf.arriving[slots]
+        index = jnp.where(run & ~late, slots, -1)
+        source, rows = kernels.experts(layout, shelf.source, index, plan, x, rows)
+        first, count = _first(late)
+        source, status = transport.commit(
+            self.store.link, source, slots[first], self.ids()[first], count, rows
+        )
+        index = jnp.where(late, slots, -1)
+        source, rows = kernels.experts(layout, source, index, plan, x, rows)
+        failure = status[0]
+        # What failed stays marked, so that whoever needs it next asks again.
+        there = late & (failure == 0)
+        slot = jnp.where(there, slots, shelf.arriving.shape[0])
+        arriving = shelf.arriving.at[slot].set(False, mode="drop")
+        shelf = Shelf(source=source, residency=shelf.residency, arriving=arriving)
+        return shelf, rows, run, (status[2], failure)
+
+    def deliver(
+        self,
+        shelf: Shelf,
+        copies: tables.Copies,
+        wanted: jax.Array,
+        order: jax.Array,
+        after: jax.Array,
+    ) -> Shelf:
+        """Bring what `find` gave slots to, ahead of need: copied now, or begun over the link."""
+        if shelf.arriving is not None:
+            resident = self.slots(shelf.residency) >= 0
+            return self.request(shelf, wanted & resident, order, transport.Kind.PREFETCH, after)
+        if self.virtual:
+            return shelf
+        source = kernels.fetch(
+            shelf.source, self.store.records, copies.slot, copies.expert, copies.count, after
+        )
+        return dataclasses.replace(shelf, source=source)
+
+    def forget(self, shelf: Shelf, after: jax.Array) -> Shelf:
+        """Stop what was prefetched for this layer and not needed: its tables stay as they are.
+
+        Should it be needed later, it is asked for again.
+        """
+        if shelf.arriving is None:
+            return shelf
+        layers = jnp.arange(shelf.residency.slot_of.shape[0]) // self.experts
+        token = transport.cancel(self.store.link, layers != self.layer, after)
+        return dataclasses.replace(shelf, arriving=_behind(shelf.arriving, token))
+
+
+def _first(chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Positions [E] of the chosen, in order and before all others, and how many there are."""
+    return jnp.argsort(~chosen, stable=True).astype(jnp.int32), chosen.sum(dtype=jnp.int32)
+
+
+def _behind(array: jax.Array, token: jax.Array) -> jax.Array:
+    """The array, to be had only after the token (which is never this small)."""
+    return jnp.where(token[0] == jnp.iinfo(jnp.int32).min, ~array, array)

@@ -1,0 +1,144 @@
+"""Which tier experts come from on a machine without a GPU: memory, the disk, or a paced link."""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from moejax import devices
+from moejax.checkpoints import convert
+from moejax.checkpoints.bank import open_bank
+from moejax.checkpoints.rules import WeightMap
+from moejax.errors import BudgetError, InputError
+from moejax.kernels import build
+from moejax.kernels.transport import Store
+from moejax.models.transformer import Decoder
+from moejax.policy import Policy
+from moejax.units import format_bytes
+
+BUFFERS = 16  # records that may have been read ahead of their commit
+THREADS = 4  # reads at the same time
+# What a process holds beside the budget: the interpreter, JAX, compiled programs, compiling them.
+PROCESS_BYTES = 640 * 2**20
+FORMS = 'link must be "disk" or "paced:GB_PER_S,LATENCY_US", such as "paced:2,100"'
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """What experts are moved over into slots."""
+
+    kind: str  # "disk" or "paced"
+    gigabytes_per_second: float = 0.0  # of a paced link
+    latency_us: float = 0.0
+
+    def __str__(self) -> str:
+        if self.kind == "disk":
+            return "disk"
+        return f"paced:{self.gigabytes_per_second:g},{self.latency_us:g}"
+
+
+def parse_link(text: str) -> Link:
+    """The link that "disk" or "paced:GB_PER_S,LATENCY_US" names; InputError for anything else."""
+    kind, _, numbers = text.partition(":")
+    if text == "disk":
+        return Link("disk")
+    try:
+        rate, latency = (float(number) for number in numbers.split(","))
+    except ValueError:
+        raise InputError(f"{FORMS}; not {text!r:.80}") from None
+    if kind != "paced" or not 0 < rate < float("inf") or not 0 <= latency < 1e9:
+        raise InputError(f"{FORMS}; not {text!r:.80}")
+    return Link("paced", rate, latency)
+
+
+def check(link: Link | None, model: Decoder, virtual: bool) -> None:
+    """Raise InputError for a link that cannot be had here."""
+    if link is None:
+        return
+    if not model.config.moe_layers:
+        raise InputError("a dense model has no experts to move over a link")
+    if jax.default_backend() != "cpu":
+        raise InputError("links and host_memory are for machines without a GPU: use device_memory")
+    if virtual:
+        raise InputError("virtual residency reads weights in place: leave the link out")
+    if build.library() is None:
+        raise InputError(f"a link needs the native library ({build.status()})")
+
+
+def open_link(link: Link, source: pathlib.Path, records: np.ndarray, checked: bool) -> Store:
+    """The store behind a link, of records [L * E, R]; a disk reads the converted `source`.
+
+    Raises:
+        MoejaxError: the file cannot be opened.
+    """
+    if link.kind == "paced":
+        return Store.open_paced(
+            records, gigabytes_per_second=link.gigabytes_per_second, latency_us=link.latency_us
+        )
+    bank = open_bank(source / convert.BANK)
+    return Store.open_disk(
+        bank.path,
+        data_offset=bank.data_start,
+        record_bytes=bank.layout.stride,
+        records=len(bank.records),
+        threads=THREADS,
+        buffers=BUFFERS,
+        checksums=bank.checksums if checked else None,
+    )
+
+
+def on_host(
+    model: Decoder,
+    policy: Policy | None,
+    memory: int,
+    context: int,
+    batch: int,
+    link: Link | None,
+) -> tuple[Link | None, int]:
+    """The link and the slots of a budget of `memory` bytes of host memory.
+
+    Raises:
+        BudgetError: not even one layer's top-k fits.
+    """
+    config = model.config
+    if link and link.kind == "paced":
+        raise InputError("a paced link keeps all experts in memory: give slots, not host_memory")
+    more = format_bytes(BUFFERS * config.record_layout(model.quant or model.dtype).stride)
+    try:
+        slots = devices.slots_for(model, policy, memory, context, batch)
+    except BudgetError as error:
+        raise BudgetError(f"{error} (and {more} more for records read ahead)") from None
+    if slots >= config.num_moe_layers * config.num_experts and link is None:
+        return None, slots
+    if slots - BUFFERS < config.top_k:
+        raise BudgetError(
+            f"{format_bytes(memory)} is too little: {more} of it are for records read ahead, which "
+            f"leaves {max(slots - BUFFERS, 0)} slots for the top-{config.top_k} of one layer"
+        )
+    return Link("disk"), slots - BUFFERS
+
+
+def bank_directory(
+    source: pathlib.Path, weights: WeightMap, quant: str | None, progress: Any
+) -> pathlib.Path:
+    """The converted form of a model: the source itself, or one made once in the cache directory.
+
+    Raises:
+        CheckpointError: the disk has no room for it, or the source is damaged.
+    """
+    if convert.is_converted(source):
+        return source
+    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    about = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    name = repr((str(source.resolve()), about, quant, weights.layout))
+    key = hashlib.sha256(name.encode()).hexdigest()[:12]
+    target = home / "moejax" / "banks" / f"{source.stem}-{key}"
+    if not convert.is_converted(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        convert.convert_directory(source, target, weights, quant=quant, progress=progress)
+    return target

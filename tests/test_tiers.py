@@ -1,0 +1,181 @@
+"""Budgets of host memory: what does not fit stays on the disk, and the process stays small."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import moejax
+from moejax import cli, devices, tiers
+from moejax.checkpoints import convert
+from moejax.errors import BudgetError, CheckpointError, InputError, LinkError
+from moejax.kernels import build
+
+if build.library() is None:
+    pytest.skip(build.status(), allow_module_level=True)
+
+PROMPT = [5, 6, 7, 8]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache directory of its own, with the native library of the real one."""
+    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    (tmp_path / "moejax").mkdir()
+    (tmp_path / "moejax" / "native").symlink_to(home / "moejax" / "native")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def resident():
+    runtime = moejax.load("tiny", context=128)
+    return ids(runtime.generate([PROMPT], 12))
+
+
+def ids(completions):
+    return [token.id for token in completions[0].tokens]
+
+
+@pytest.mark.parametrize(
+    ("text", "link"),
+    [
+        ("disk", tiers.Link("disk")),
+        ("paced:2,100", tiers.Link("paced", 2.0, 100.0)),
+        ("paced:0.5,0", tiers.Link("paced", 0.5, 0.0)),
+    ],
+)
+def test_links_are_named(text, link):
+    assert tiers.parse_link(text) == link
+    assert tiers.parse_link(str(link)) == link
+
+
+@pytest.mark.parametrize(
+    "text", ["", "tape", "disk:1", "paced", "paced:2", "paced:0,1", "paced:nan,1", "paced:1,-1"]
+)
+def test_other_links_are_refused(text):
+    with pytest.raises(InputError, match="paced:2,100"):
+        tiers.parse_link(text)
+
+
+@pytest.mark.parametrize("link", ["disk", "paced:4,10"])
+@pytest.mark.parametrize("kernels", ["native", "reference"])
+def test_a_link_changes_no_token(resident, link, kernels):
+    runtime = moejax.load("tiny", slots=64, context=128, link=link, kernels=kernels)
+    whole = resident
+    if kernels == "reference":
+        plain = moejax.load("tiny", context=128, kernels=kernels)
+        whole = ids(plain.generate([PROMPT], 12))
+    assert ids(runtime.generate([PROMPT], 12)) == whole
+    assert runtime.stats.label == "bit-exact" and runtime.stats.bytes_moved > 0
+    assert (runtime.store.records is None) == (link == "disk")
+
+
+def test_a_budget_that_holds_everything_needs_no_link(resident):
+    runtime = moejax.load("tiny", host_memory="200MiB", context=128)
+    assert runtime.link is None and runtime.slots == 192
+    assert ids(runtime.generate([PROMPT], 12)) == resident
+
+
+def test_what_does_not_fit_stays_on_the_disk(resident, cache):
+    everything = moejax.load("tiny", context=128)
+    stride = everything.store.layout.stride
+    least = least_budget(everything)
+    with pytest.raises(BudgetError, match="read ahead"):
+        moejax.load("tiny", host_memory=least - 1, context=128)
+    runtime = moejax.load("tiny", host_memory=least + 60 * stride, context=128)
+    assert runtime.tier == "disk" and runtime.slots == 60 + 4
+    assert ids(runtime.generate([PROMPT], 12)) == resident
+    # Converted once, in the cache directory; the second load finds it.
+    [bank] = (cache / "moejax" / "banks").iterdir()
+    before = (bank / convert.BANK).stat().st_mtime_ns
+    moejax.load("tiny", host_memory=least + 60 * stride, context=128)
+    assert (bank / convert.BANK).stat().st_mtime_ns == before
+
+
+def least_budget(runtime):
+    """Bytes of everything but the slots, and of the top-4 of one layer."""
+    parts = [
+        devices.dense_bytes(runtime.config, "bfloat16"),
+        devices.kv_bytes(runtime.model, 1, 128),
+        devices.workspace_bytes(runtime.model, runtime.policy, 1, 128),
+    ]
+    return sum(parts) + (tiers.BUFFERS + 4) * runtime.store.layout.stride
+
+
+def test_damage_on_the_disk_is_one_clear_error(tmp_path, resident):
+    made = tmp_path / "converted"
+    assert CliRunner().invoke(cli.app, ["convert", "tiny", str(made), "-q"]).exit_code == 0
+    runtime = moejax.load(made, slots=16, context=128, link="disk", check_records=True)
+    assert ids(runtime.generate([PROMPT], 12)) == resident
+    with open(made / convert.BANK, "r+b") as file:
+        file.seek(-5000, os.SEEK_END)
+        file.write(b"\xff" * 4000)
+        file.seek(400_000)
+        file.write(bytes(3_000_000))
+    runtime = moejax.load(made, slots=16, context=128, link="disk", check_records=True)
+    with pytest.raises(LinkError, match="damaged"):
+        runtime.generate([PROMPT], 12)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"host_memory": "1GiB", "slots": 8}, BudgetError, "one of"),
+        ({"host_memory": "1GiB", "link": "paced:1,1"}, InputError, "give slots"),
+        ({"link": "disk", "slots": 8, "virtual": True}, InputError, "leave the link out"),
+        ({"kernels": "cuda"}, InputError, "native"),
+        ({"quant": "int8", "group": 3, "link": "tape"}, InputError, "paced"),
+    ],
+)
+def test_what_cannot_be_had_is_refused(options, error, said):
+    with pytest.raises(error, match=said):
+        moejax.load("tiny", **options)
+
+
+def test_a_converted_model_keeps_its_format(tmp_path):
+    made = tmp_path / "eight"
+    arguments = ["convert", "tiny", str(made), "--quant", "int8", "--json", "-q"]
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code == 0 and "experts/down" in json.loads(done.stdout)["errors"]
+    loaded = ids(moejax.load("tiny", quant="int8", context=128).generate([PROMPT], 8))
+    for options in ({}, {"slots": 32}, {"slots": 32, "link": "disk"}):
+        assert ids(moejax.load(made, context=128, **options).generate([PROMPT], 8)) == loaded
+    with pytest.raises(CheckpointError, match="load the original"):
+        moejax.load(made, quant="int4")
+
+
+LIMITED = r"""
+import re, sys
+import moejax
+runtime = moejax.load(sys.argv[1], host_memory=int(sys.argv[2]), context=128)
+runtime.generate([[1, 2, 3]], 8)
+assert runtime.tier == "disk", runtime.tier
+# Not getrusage, whose maximum begins with that of the parent.
+print(int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]) * 1024)
+"""
+
+
+def test_the_process_stays_within_its_budget(tmp_path):
+    """Peak memory stays below the budget and PROCESS_BYTES, for a model far greater than both."""
+    model = tmp_path / "model"
+    shape = {"layers": 8, "width": 256, "experts": 96, "top-k": 2, "expert-width": 1024}
+    arguments = [str(x) for name, value in shape.items() for x in (f"--{name}", value)]
+    command = [sys.executable, "-m", "experiments.random_model", str(model), "--vocab", "512"]
+    root = pathlib.Path(__file__).parents[1]
+    subprocess.run([*command, *arguments], check=True, cwd=root, capture_output=True)
+    done = CliRunner().invoke(cli.app, ["convert", str(model), str(tmp_path / "c"), "-q"])
+    assert done.exit_code == 0
+    budget = 120 * 2**20
+    assert (tmp_path / "c" / convert.BANK).stat().st_size > budget + tiers.PROCESS_BYTES
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path / "c"), str(budget)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < budget + tiers.PROCESS_BYTES
