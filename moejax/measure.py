@@ -1,0 +1,207 @@
+"""Measured rates of this machine: stream reads, the link, and experts on host and device."""
+
+import concurrent.futures
+import functools
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax import devices, doctor, kernels
+from moejax.config import ModelConfig
+from moejax.hardware import Hardware
+from moejax.layout import RECORD_ALIGNMENT, RecordLayout, aligned_empty
+
+STREAM_BYTES = 1 << 30  # more than the last-level cache of any CPU at hand
+STORE_BYTES = 1 << 30
+CALL_BYTES = 1 << 26  # copied or computed with per timed call, so that dispatch does not count
+TOKENS = (1, 2, 4, 8, 16, 32, 64)
+REPEATS = 5
+
+
+def cores() -> int:
+    """Cores that this process may use, which is also the size of XLA's thread pool on a CPU."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class StreamRead:
+    """Reads one large array with all cores: the bound on anything that reads weights once.
+
+    NumPy's sum of 64-bit integers releases the GIL and reads as fast as a loop in C.
+    """
+
+    def __init__(self, size: int = STREAM_BYTES):
+        self.bytes = size
+        self._parts = np.array_split(np.ones(size // 8, np.uint64), cores())
+        self._workers = concurrent.futures.ThreadPoolExecutor(cores())
+
+    def gb_per_s(self) -> float:
+        """One pass over the array, in 1e9 bytes per second."""
+        begun = time.perf_counter()
+        list(self._workers.map(np.add.reduce, self._parts))
+        return self.bytes / (time.perf_counter() - begun) / 1e9
+
+
+def hardware(config: ModelConfig, form: str, *, store_bytes: int = STORE_BYTES) -> Hardware:
+    """Measure this machine for the experts of a model; reads no weights.
+
+    Args:
+        form: the format that records are held in, such as "bfloat16" or "int8".
+        store_bytes: memory for the records made up for it, at most the model's own.
+    """
+    layout = config.record_layout(form)
+    experts = config.num_moe_layers * config.num_experts
+    count = max(2, min(experts, store_bytes // layout.stride))
+    records = made_up_records(layout, count)
+    source = jax.device_put(records, devices.store_sharding(on_device=False))
+    link = Link(source)
+    rate = layout.stride / link.seconds_per_record() / 1e9
+    small = RECORD_ALIGNMENT // layout.bits.itemsize
+    tiny = Link(jax.device_put(records[:, :small].copy(), source.sharding))
+    latency = tiny.seconds_per_record() - RECORD_ALIGNMENT / rate / 1e9
+    # Where the store is the host's memory, an array of the CPU backend is the same memory.
+    host = Experts(layout, jax.device_put(records, jax.local_devices(backend="cpu")[0]))
+    slots = host if link.copies_memory else Experts(layout, link.pool_like())
+    busy_link, busy_host = contention(link, host)
+    reader = StreamRead(min(STREAM_BYTES, max(store_bytes, 1 << 20)))
+    found = doctor.environment()
+    return Hardware(
+        name=found["cpu"],
+        cores=cores(),
+        device=found["device"],
+        backend=found["backend"],
+        versions=found["versions"],
+        format=form,
+        width=config.width,
+        expert_width=config.expert_width,
+        record_bytes=layout.stride,
+        store_bytes=records.nbytes,
+        link="memory copy" if link.copies_memory else "pinned host memory to device",
+        link_gb_per_s=rate,
+        link_latency_us=max(latency, 0.0) * 1e6,
+        stream_read_gb_per_s=statistics.median(reader.gb_per_s() for _ in range(REPEATS)),
+        stream_read_bytes=reader.bytes,
+        host_us_per_expert={n: host.seconds(n) * 1e6 for n in TOKENS},
+        device_us_per_expert={n: slots.seconds(n) * 1e6 for n in TOKENS},
+        contended_link_gb_per_s=layout.stride / busy_link / 1e9,
+        contended_host_us_per_expert=busy_host * 1e6,
+    )
+
+
+def made_up_records(layout: RecordLayout, count: int) -> np.ndarray:
+    """Records [count, R] in pages of their own; these bytes are ordinary numbers in any format."""
+    records = aligned_empty((count, layout.elements), layout.bits)
+    records.view(np.uint8).fill(0x3C)
+    return records
+
+
+@functools.partial(jax.jit, static_argnames="count", donate_argnames="pool")
+def _copy(pool: jax.Array, store: jax.Array, first: jax.Array, *, count: int) -> jax.Array:
+    numbers = jnp.arange(count, dtype=jnp.int32)
+    slot, record = numbers % pool.shape[0], (first + numbers) % store.shape[0]
+    return kernels.fetch(pool, store, slot, record, jnp.int32(count), first)
+
+
+class Link:
+    """Copies records of a store [n, R] into slots, as a miss does."""
+
+    def __init__(self, store: jax.Array):
+        self.store = store
+        self.copies_memory = jax.default_backend() == "cpu"
+        self.record_bytes = store.shape[1] * store.dtype.itemsize
+        self.count = max(1, min(CALL_BYTES // self.record_bytes, 4096))
+        self._pool = self.pool_like(max(1, store.shape[0] // 2))
+        self._next = 0
+
+    def pool_like(self, slots: int | None = None) -> jax.Array:
+        """A pool on the device with as many slots as the store has records, or `slots`."""
+        shape = (slots or self.store.shape[0], self.store.shape[1])
+        return jax.device_put(jnp.ones(shape, self.store.dtype), jax.devices()[0])
+
+    def copy(self) -> int:
+        """Copy some records, others than the last time, and return how many."""
+        first = jnp.int32(self._next % self.store.shape[0])
+        self._pool = _copy(self._pool, self.store, first, count=self.count).block_until_ready()
+        self._next += self.count
+        return self.count
+
+    def seconds_per_record(self) -> float:
+        """Median over calls."""
+        return _median_seconds(self.copy)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "tokens", "count"))
+def _compute(
+    layout: RecordLayout, source: jax.Array, first: jax.Array, *, tokens: int, count: int
+) -> jax.Array:
+    numbers = jnp.arange(count, dtype=jnp.int32)
+    plan = kernels.plan(jnp.broadcast_to(numbers, (tokens, count)), count)
+    index = (first + numbers) % source.shape[0]
+    x = jnp.full((tokens, layout.width), 0.5, jnp.float32)
+    rows = kernels.empty_rows(plan, layout.width)
+    return kernels.experts(layout, source, index, plan, x, rows)[1]
+
+
+class Experts:
+    """Computes the FFN of experts whose records are source [n, R], where that lies."""
+
+    def __init__(self, layout: RecordLayout, source: jax.Array):
+        self.layout, self.source = layout, source
+        self.count = max(1, min(CALL_BYTES // layout.stride, source.shape[0]))
+        self._next = 0
+
+    def compute(self, tokens: int) -> int:
+        """Some experts, others than the last time, for `tokens` tokens each; returns how many."""
+        first = jax.device_put(np.int32(self._next % self.source.shape[0]), self.source.sharding)
+        _compute(
+            self.layout, self.source, first, tokens=tokens, count=self.count
+        ).block_until_ready()
+        self._next += self.count
+        return self.count
+
+    def seconds(self, tokens: int) -> float:
+        """Seconds per expert, median over calls."""
+        return _median_seconds(lambda: self.compute(tokens))
+
+
+def contention(link: Link, host: Experts) -> tuple[float, float]:
+    """Seconds per record copied and per expert computed for one token, both at the same time."""
+    computing, done = threading.Event(), threading.Event()
+    copied: list[float] = []
+
+    def copying() -> None:
+        while not done.is_set():
+            begun = time.perf_counter()
+            count = link.copy()
+            if computing.is_set():
+                copied.append((time.perf_counter() - begun) / count)
+
+    copier = threading.Thread(target=copying)
+    copier.start()
+    try:
+        host.compute(1)
+        computing.set()
+        computed = _median_seconds(lambda: host.compute(1), lambda: len(copied) >= REPEATS)
+    finally:
+        done.set()
+        copier.join()
+    return statistics.median(copied), computed
+
+
+def _median_seconds(call: Callable[[], int], enough: Callable[[], Any] = lambda: True) -> float:
+    """Median seconds per item of calls that return how many they did; the first warms up."""
+    call()
+    times: list[float] = []
+    while len(times) < REPEATS or not enough():
+        begun = time.perf_counter()
+        count = call()
+        times.append((time.perf_counter() - begun) / count)
+    return statistics.median(times)
