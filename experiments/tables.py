@@ -25,17 +25,39 @@ def residency(report: dict) -> list[str]:
             f"| {row['bytes_per_token'] / 1e6:.2f} | {row['tpot_ms']:.2f} "
             f"| {'yes' if row['same_bits'] else 'NO'} |"
         )
+    return [*lines, "", _source(report)]
+
+
+def quantisation(report: dict) -> list[str]:
+    """Rows of `experiments.quantisation`."""
+    domains = list(report["windows"])
+    lines = [
+        f"| weights | KB per expert | MB in all | {' | '.join(domains)} | change (95 %) | greedy |",
+        "|---|---:|---:|" + "---:|" * len(domains) + "---:|---:|",
+    ]
+    for row in report["rows"]:
+        table = row["held_out"]
+        low, high = table["all"]["interval"]
+        change = f"{table['all']['change']:+.2%} ({low:+.2%} to {high:+.2%})"
+        lines.append(
+            f"| {row['format']} | {row['record_bytes'] / 1e3:.1f} | {row['total_bytes'] / 1e6:.1f} "
+            f"| {' | '.join(format(table[d]['perplexity'], '.2f') for d in domains)} "
+            f"| {change if high > low else '–'} | {table['all']['greedy_agreement']:.1%} |"
+        )
+    return [*lines, "", _source(report)]
+
+
+def _source(report: dict) -> str:
+    """Hardware, versions and command of a result."""
     environment = report["environment"]
     versions = environment["versions"]
-    return [
-        *lines,
-        "",
+    return (
         f"{environment['cpu']}, {environment['cpus']} cores, Python {versions['python']}, JAX "
-        f"{versions['jax']}; `{report['command']}`.",
-    ]
+        f"{versions['jax']}; `{report['command']}`."
+    )
 
 
-TABLES = {"residency": residency}
+TABLES = {"residency": residency, "quantisation": quantisation}
 
 
 def filled(text: str) -> str:

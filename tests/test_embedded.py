@@ -1,17 +1,20 @@
 """The embedded model: its shape, what its results say, and agreement with transformers."""
 
 import json
-import lzma
 import pathlib
-import re
+import sys
 
 import numpy as np
 import pytest
 
 import moejax
 
-ROOT = pathlib.Path(__file__).parents[1]
-DATA = ROOT.parent / "shared" / "data"
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from experiments import held_out  # noqa: E402
+from experiments.tiny_data import DOMAINS  # noqa: E402
+
 TEXT = (
     "It was a cold night in November, and the old man had not yet come home.\n\n"
     "Question: Anna has 12 apples and gives 5 to her brother. How many are left?\nAnswer: "
@@ -74,30 +77,18 @@ def test_shape_and_size():
     assert sum(file.stat().st_size for file in files) <= 30_000_000
 
 
-@pytest.mark.parametrize("domain", ["novels", "maths"])
+@pytest.mark.parametrize("domain", DOMAINS)
 def test_held_out_text_is_likelier_than_under_a_3_gram(domain):
-    if not DATA.is_dir():
-        pytest.skip(f"the held-out text is not at {DATA}")
+    if not held_out.DATA.is_dir():
+        pytest.skip(f"the held-out text is not at {held_out.DATA}")
     runtime = moejax.load("tiny", context=512)
-    ids = runtime.tokenizer.encode(held_out(domain))[: 16 * 512]
-    windows = np.array(ids).reshape(16, 512)
+    windows = held_out.windows(runtime.directory, domain, 16)
+    assert windows.shape == (16, 513)
     losses = []
     for window in windows:
-        logits = runtime.logits(window[None])[0, :-1].astype(np.float64)
+        logits = runtime.logits(window[None, :-1])[0].astype(np.float64)
         logits -= logits.max(axis=-1, keepdims=True)
-        chosen = logits[np.arange(511), window[1:]]
+        chosen = logits[np.arange(512), window[1:]]
         losses.append(np.log(np.exp(logits).sum(axis=-1)) - chosen)
     results = json.loads((ROOT / "experiments/results/train_tiny.json").read_text())
     assert np.exp(np.mean(losses)) < 0.85 * results["ngram"][domain]["seen"]
-
-
-def held_out(domain: str) -> str:
-    """Text of a domain that the model was not trained on."""
-    if domain == "novels":
-        with lzma.open(DATA / "corpus/gutenberg_val.jsonl.xz", "rt") as lines:
-            return json.loads(next(lines))["text"][20_000:80_000]
-    with lzma.open(DATA / "eval/gsm8k_test.jsonl.xz", "rt") as lines:
-        items = [json.loads(line) for line in lines][:120]
-    return "<|endoftext|>".join(
-        f"Question: {i['question']}\nAnswer: {re.sub('<<.*?>>', '', i['answer'])}" for i in items
-    )
