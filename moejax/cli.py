@@ -172,6 +172,7 @@ def generate(
     host_memory: opt.HostMemory = None,
     link: opt.Link = None,
     kernels: opt.Kernels = None,
+    residency_file: opt.ResidencyFile = None,
     logprobs: Annotated[int, typer.Option(min=0, help="Likeliest tokens beside each, --json.")] = 0,
     virtual: opt.Virtual = False,
     warm_up: opt.WarmUp = True,
@@ -182,27 +183,13 @@ def generate(
 
     Text goes to stdout; progress and a table of what it cost go to stderr.
     """
+    load = opt.for_load(locals())
     from moejax import commands
     from moejax.terminal import Terminal
 
     terminal = Terminal(quiet)
     prompts = commands.read_prompts(prompt or [], file or [])
-    runtime = commands.load_model(
-        terminal,
-        model,
-        slots=slots,
-        device_memory=device_memory,
-        policy=policy,
-        context=context,
-        dtype=dtype,
-        quant=quant,
-        group=group,
-        host_memory=host_memory,
-        link=link,
-        kernels=kernels,
-        virtual=virtual,
-        batch=len(prompts),
-    )
+    runtime = commands.load_model(terminal, model, batch=len(prompts), **load)
     sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     if warm_up:
         options = {"sampling": sampling, "logprobs": logprobs}
@@ -242,6 +229,7 @@ def chat(
     host_memory: opt.HostMemory = None,
     link: opt.Link = None,
     kernels: opt.Kernels = None,
+    residency_file: opt.ResidencyFile = None,
     virtual: opt.Virtual = False,
     warm_up: opt.WarmUp = True,
     json: opt.AsJson = False,
@@ -251,25 +239,12 @@ def chat(
 
     Without a terminal, each line of stdin is a turn and the answers go to stdout.
     """
+    load = opt.for_load(locals())
     from moejax import commands
     from moejax.terminal import Terminal
 
     terminal = Terminal(quiet)
-    runtime = commands.load_model(
-        terminal,
-        model,
-        slots=slots,
-        device_memory=device_memory,
-        policy=policy,
-        context=context,
-        dtype=dtype,
-        quant=quant,
-        group=group,
-        host_memory=host_memory,
-        link=link,
-        kernels=kernels,
-        virtual=virtual,
-    )
+    runtime = commands.load_model(terminal, model, **load)
     sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     if warm_up:
         commands.warm_up(terminal, runtime, sampling=sampling)
@@ -353,14 +328,13 @@ def bench(
     quiet: opt.Quiet = False,
 ) -> None:
     """Time prompts (pp) and generation (tg) of random tokens, in turn; medians and spread."""
+    load = opt.for_load(locals())
     from moejax import commands
     from moejax.terminal import Terminal
 
     chosen = [n for n, given in {"json": json, "csv": csv, "markdown": markdown}.items() if given]
-    load = {"slots": slots, "device_memory": device_memory, "policy": policy, "dtype": dtype}
-    load |= {"quant": quant, "group": group, "context": context, "virtual": virtual, "batch": batch}
-    load |= {"host_memory": host_memory, "link": link, "kernels": kernels}
     times = {"reps": reps, "batch": batch, "seed": seed, "bandwidth": bandwidth}
+    load["batch"] = batch
     commands.bench(Terminal(quiet), what, model, pp, tg, load=load, times=times, formats=chosen)
 
 

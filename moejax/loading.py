@@ -38,6 +38,7 @@ def load(
     kernels: str | None = None,
     check_finite: bool = True,
     check_records: bool = False,
+    residency_file: str | os.PathLike | None = None,
     progress: Any = None,
 ) -> Runtime:
     """Load a model so that it runs under a budget.
@@ -62,17 +63,14 @@ def load(
             from memory at that rate. Without a GPU only.
         kernels: "native" or "reference"; default native where they can be built, on a CPU.
         check_records: compare the checksum of every record read from a disk.
+        residency_file: which experts were resident at the end of the last run; read if it exists,
+            so that this one starts warm, and written after each generation.
         progress: called with (bytes read, bytes in all).
 
     Raises:
         MoejaxError: a subclass that says what to do.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if sum(budget is not None for budget in (slots, device_memory, host_memory)) > 1:
-        raise BudgetError("give one of device_memory, host_memory and slots")
-    if not isinstance(slots, int | None) or not isinstance(batch, int) or batch < 1:
-        raise InputError(f"slots and batch must be whole numbers, not {slots!r} and {batch!r}")
+    _check_arguments(dtype, slots, device_memory, host_memory, batch)
     over = None if link is None else tiers.parse_link(link)
     devices.use_compilation_cache()
     source = source_path(path_or_name)
@@ -89,18 +87,12 @@ def load(
         slots = devices.slots_for(model, chosen, memory, context, batch)
     if host_memory is not None:
         over, slots = tiers.on_host(model, chosen, parse_bytes(host_memory), context, batch, over)
-    slots = total if slots is None else min(slots, total)
-    if config.moe_layers and slots < config.top_k:
-        raise BudgetError(
-            f"{slots} slots cannot hold the top-{config.top_k} of one layer: give {config.top_k}"
-        )
+    slots = _checked_slots(config, slots)
     tiers.check(over, model, virtual)
     if over and over.kind == "disk":
         source = tiers.bank_directory(source, _weights(model), quant, progress)
     flat, records = _read(source, model, slots == total, check_finite, progress)
-    opened = over and tiers.open_link(over, source, records, check_records)
-    if over and over.kind == "disk":
-        records = None
+    opened, records = tiers.open_link(over, source, records, check_records)
     return Runtime(
         config=config,
         model=model,
@@ -115,7 +107,28 @@ def load(
         max_batch=batch if memory is not None or host_memory is not None else None,
         link=opened,
         tier=str(over) if over else None,
+        residency_file=None if residency_file is None else pathlib.Path(residency_file),
     )
+
+
+def _check_arguments(dtype: str, slots: Any, device: Any, host: Any, batch: Any) -> None:
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if sum(budget is not None for budget in (slots, device, host)) > 1:
+        raise BudgetError("give one of device_memory, host_memory and slots")
+    if not isinstance(slots, int | None) or not isinstance(batch, int) or batch < 1:
+        raise InputError(f"slots and batch must be whole numbers, not {slots!r} and {batch!r}")
+
+
+def _checked_slots(config: ModelConfig, slots: int | None) -> int:
+    """Slots, at most one per expert; BudgetError if a layer's top-k do not fit."""
+    total = config.num_moe_layers * config.num_experts
+    slots = total if slots is None else min(slots, total)
+    if config.moe_layers and slots < config.top_k:
+        raise BudgetError(
+            f"{slots} slots cannot hold the top-{config.top_k} of one layer: give {config.top_k}"
+        )
+    return slots
 
 
 def source_path(path_or_name: str | os.PathLike) -> pathlib.Path:

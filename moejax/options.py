@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
-from typing import Annotated
+import pathlib
+from typing import Annotated, Any
 
 import typer
 
@@ -34,6 +35,10 @@ Group = Annotated[int, typer.Option(help="Columns that share a scale with int4: 
 Kernels = Annotated[
     str | None, typer.Option(help="'native' or 'reference'; default native where it can be built.")
 ]
+ResidencyFile = Annotated[
+    pathlib.Path | None,
+    typer.Option(help="Start with the experts that this file names; it is written at the end."),
+]
 PolicyName = Annotated[str, typer.Option("--policy", help="How experts are kept and fetched.")]
 MaxNewTokens = Annotated[
     int, typer.Option("--max-new-tokens", "-n", min=1, help="At most this many tokens.")
@@ -55,3 +60,24 @@ Virtual = Annotated[bool, typer.Option("--virtual", help="Count transfers, but c
 WarmUp = Annotated[bool, typer.Option(help="Compile before the first token is timed.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]
+
+# Options of the commands that run a model, named as `moejax.load` names them.
+LOADING = (
+    "slots",
+    "device_memory",
+    "host_memory",
+    "policy",
+    "context",
+    "dtype",
+    "quant",
+    "group",
+    "link",
+    "kernels",
+    "residency_file",
+    "virtual",
+)
+
+
+def for_load(given: dict[str, Any]) -> dict[str, Any]:
+    """Those of a command's options that `moejax.load` takes."""
+    return {name: given[name] for name in LOADING if name in given}

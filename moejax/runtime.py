@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax import decode, devices
+from moejax import decode, devices, warm
 from moejax.config import ModelConfig
 from moejax.errors import BudgetError, InputError, TokenizerError
 from moejax.generate import Engine, Stats, Token
@@ -57,6 +57,7 @@ class Runtime:
     max_batch: int | None = None  # sequences that the memory budget counted, None = no limit
     link: Store | None = None  # what experts are moved over; open as long as the runtime lives
     tier: str | None = None  # the link's name
+    residency_file: pathlib.Path | None = None  # for warm starts: read if it exists, then written
     stats: Stats = dataclasses.field(init=False)
     _tokenizer: Tokenizer | None = dataclasses.field(default=None, init=False, repr=False)
 
@@ -99,7 +100,7 @@ class Runtime:
                 f"a batch of {batch} exceeds the memory budget, which counted {self.max_batch}: "
                 f"load with batch={batch}"
             )
-        return decode.init_state(
+        state = decode.init_state(
             self.model,
             self.policy,
             self.store,
@@ -108,6 +109,9 @@ class Runtime:
             context=self.context if context is None else context,
             virtual=self.virtual,
         )
+        if self.residency_file is not None and self.residency_file.exists():
+            state = warm.restore(self.residency_file, self, state)
+        return state
 
     def decode_step(
         self, state: DecodeState, tokens: jax.Array, **options: Any
@@ -239,6 +243,8 @@ class Runtime:
                 finished[b] |= reason is not None
                 reason = reason or ("length" if emitted[b] == max_new_tokens else None)
                 yield state, Piece(b, text, token, reason)
+        if self.residency_file is not None and state.experts is not None:
+            warm.save(self.residency_file, self, state)
 
     def warm_up(
         self, batch: int = 1, *, sampling: Any = None, tokens: int = 2, logprobs: int = 0

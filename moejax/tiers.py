@@ -69,18 +69,26 @@ def check(link: Link | None, model: Decoder, virtual: bool) -> None:
         raise InputError(f"a link needs the native library ({build.status()})")
 
 
-def open_link(link: Link, source: pathlib.Path, records: np.ndarray, checked: bool) -> Store:
-    """The store behind a link, of records [L * E, R]; a disk reads the converted `source`.
+def open_link(
+    link: Link | None, source: pathlib.Path, records: np.ndarray | None, checked: bool
+) -> tuple[Store | None, np.ndarray | None]:
+    """The store behind a link, and the records [L * E, R] that memory holds beside it.
+
+    A paced link moves those records; a disk reads the bank of the converted `source`, and memory
+    holds none.
 
     Raises:
         MoejaxError: the file cannot be opened.
     """
+    if link is None:
+        return None, records
     if link.kind == "paced":
-        return Store.open_paced(
+        store = Store.open_paced(
             records, gigabytes_per_second=link.gigabytes_per_second, latency_us=link.latency_us
         )
+        return store, records
     bank = open_bank(source / convert.BANK)
-    return Store.open_disk(
+    store = Store.open_disk(
         bank.path,
         data_offset=bank.data_start,
         record_bytes=bank.layout.stride,
@@ -89,6 +97,7 @@ def open_link(link: Link, source: pathlib.Path, records: np.ndarray, checked: bo
         buffers=BUFFERS,
         checksums=bank.checksums if checked else None,
     )
+    return store, None
 
 
 def on_host(

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import dataclasses
+import pathlib
 
 import hypothesis
 import jax
@@ -87,6 +88,16 @@ def build(config: ModelConfig, dtype: str = "float32", seed: int = 0) -> Built:
 def small() -> Built:
     """The small model in f32."""
     return build(small_config())
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """A cache directory of its own, with the native library of the real one."""
+    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    (tmp_path / "moejax").mkdir()
+    (tmp_path / "moejax" / "native").symlink_to(home / "moejax" / "native")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
 
 
 def third_party():

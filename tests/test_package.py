@@ -23,7 +23,7 @@ GROUPS = {
     ),
     "analysis": "trace cost plan simulate metrics plots",
     "edges": (
-        "allocator devices measure tiers hub orbax_directory runtime loading session describe "
+        "allocator devices measure tiers warm hub orbax_directory runtime loading session describe "
         "doctor terminal commands conversation evaluate bench options cli __main__"
     ),
 }

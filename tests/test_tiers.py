@@ -21,14 +21,7 @@ if build.library() is None:
 PROMPT = [5, 6, 7, 8]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """A cache directory of its own, with the native library of the real one."""
-    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    (tmp_path / "moejax").mkdir()
-    (tmp_path / "moejax" / "native").symlink_to(home / "moejax" / "native")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +74,7 @@ def test_a_budget_that_holds_everything_needs_no_link(resident):
     assert ids(runtime.generate([PROMPT], 12)) == resident
 
 
-def test_what_does_not_fit_stays_on_the_disk(resident, cache):
+def test_what_does_not_fit_stays_on_the_disk(resident, own_cache):
     everything = moejax.load("tiny", context=128)
     stride = everything.store.layout.stride
     least = least_budget(everything)
@@ -91,7 +84,7 @@ def test_what_does_not_fit_stays_on_the_disk(resident, cache):
     assert runtime.tier == "disk" and runtime.slots == 60 + 4
     assert ids(runtime.generate([PROMPT], 12)) == resident
     # Converted once, in the cache directory; the second load finds it.
-    [bank] = (cache / "moejax" / "banks").iterdir()
+    [bank] = (own_cache / "moejax" / "banks").iterdir()
     before = (bank / convert.BANK).stat().st_mtime_ns
     moejax.load("tiny", host_memory=least + 60 * stride, context=128)
     assert (bank / convert.BANK).stat().st_mtime_ns == before
