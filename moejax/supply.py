@@ -17,6 +17,8 @@ from moejax.kernels import transport
 from moejax.policy import Policy
 from moejax.state import ExpertCache, ExpertStore, Residency, pytree
 
+TOGETHER = 4  # records that are waited for before their experts run, while others move
+
 
 @pytree
 class Shelf:
@@ -169,23 +171,42 @@ class Supply:
         x: jax.Array,
         rows: jax.Array,
     ) -> tuple[Shelf, jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
-        """Experts that are there run while the records of the others move."""
-        layout, late = self.store.layout, run & shelf.arriving[slots]
+        """Experts that are there run while others move; those run a few at a time, as they come."""
+        layout, ids = self.store.layout, self.ids()
+        late = run & shelf.arriving[slots]
         index = jnp.where(run & ~late, slots, -1)
         source, rows = kernels.experts(layout, shelf.source, index, plan, x, rows)
-        first, count = _first(late)
-        source, status = transport.commit(
-            self.store.link, source, slots[first], self.ids()[first], count, rows
+
+        def some(carry: tuple) -> tuple:
+            late, source, arriving, rows, stall, failure = carry
+            first, count = _first(late)
+            token = transport.request(
+                self.store.link, ids[first], count, transport.Kind.DEMAND, rows
+            )
+            now = late & (jnp.cumsum(late) <= TOGETHER)
+            source, status = transport.commit(
+                self.store.link,
+                source,
+                slots[first],
+                ids[first],
+                jnp.minimum(_behind(count, token), TOGETHER),
+                rows,
+            )
+            index = jnp.where(now, slots, -1)
+            source, rows = kernels.experts(layout, source, index, plan, x, rows)
+            # What failed stays marked, so that whoever needs it next asks again.
+            there = jnp.where(now & (status[0] == 0), slots, arriving.shape[0])
+            arriving = arriving.at[there].set(False, mode="drop")
+            failure = jnp.where(failure > 0, failure, status[0])
+            return late & ~now, source, arriving, rows, stall + status[2], failure
+
+        zero = jnp.int32(0)
+        start = (late, source, shelf.arriving, rows, zero, zero)
+        _, source, arriving, rows, stall, failure = jax.lax.while_loop(
+            lambda carry: carry[0].any(), some, start
         )
-        index = jnp.where(late, slots, -1)
-        source, rows = kernels.experts(layout, source, index, plan, x, rows)
-        failure = status[0]
-        # What failed stays marked, so that whoever needs it next asks again.
-        there = late & (failure == 0)
-        slot = jnp.where(there, slots, shelf.arriving.shape[0])
-        arriving = shelf.arriving.at[slot].set(False, mode="drop")
         shelf = Shelf(source=source, residency=shelf.residency, arriving=arriving)
-        return shelf, rows, run, (status[2], failure)
+        return shelf, rows, run, (stall, failure)
 
     def deliver(
         self,
