@@ -1,5 +1,7 @@
 # make demo   install moejax in .venv and generate text with 40 % of the experts on the device
 # make test   install the test tools too and run every test
+# make sanitize
+#             run the native kernels' tests with every access to memory checked (Linux, g++)
 # make lint   check formatting and style
 #
 # PYTHON=python3.12     the interpreter for a new .venv (3.11 to 3.14)
@@ -21,7 +23,14 @@ FIND_PYTHON = for p in $(PYTHON) python3 python python3.14 python3.13 python3.12
 # Copied, not linked: an editable install is shadowed in the folder that holds the clone.
 SOURCES := $(shell find moejax kernels checkpoints -type f -not -name '*.pyc')
 
-.PHONY: demo test lint clean
+# The library is the only code so built; the interpreter and its packages are not, so leaks, which
+# they have, are not reported. Nothing else is suppressed.
+SANITIZE := -O1 -g -fno-omit-frame-pointer -D_GLIBCXX_ASSERTIONS \
+	-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
+SANITIZED_TESTS := tests/test_native.py tests/test_native_rows.py tests/test_native_memory.py \
+	tests/test_transport.py
+
+.PHONY: demo test sanitize lint clean
 .SILENT: $(BIN)/python
 
 demo: $(VENV)/core
@@ -30,6 +39,24 @@ demo: $(VENV)/core
 
 test: $(VENV)/tests
 	$(BIN)/python -m pytest
+
+# The interpreter is not linked with the checks' libraries and must load them first. What they find
+# goes to descriptor 2 as the process ends: pytest must not hold it.
+sanitize: export MOEJAX_NATIVE_FLAGS := $(SANITIZE)
+sanitize: export MOEJAX_HYPOTHESIS := quick
+sanitize: export ASAN_OPTIONS := detect_leaks=0
+sanitize: export UBSAN_OPTIONS := print_stacktrace=1
+sanitize: $(VENV)/tests
+	compiler=$$($(BIN)/python -c 'from moejax.kernels import build; print(*build.compiler())') && \
+	preload= && for name in libasan.so libubsan.so libstdc++.so.6; do \
+		path=$$($$compiler -print-file-name=$$name); \
+		[ -f "$$path" ] || { echo "$$compiler has no $$name" >&2; exit 1; }; \
+		preload="$$preload $$(realpath "$$path")"; \
+	done && \
+	$(BIN)/python -W error -c 'from moejax.kernels import build; print(build.build())' && \
+	export LD_PRELOAD="$$preload" && \
+	$(BIN)/python -c 'from moejax.kernels import build; assert build.library(), build.status()' && \
+	$(BIN)/python -m pytest --capture=sys $(SANITIZED_TESTS)
 
 lint: $(VENV)/tests
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 
 import jax
 import jaxlib
@@ -54,6 +55,7 @@ def compiler() -> list[str] | None:
 def build(force: bool = False) -> pathlib.Path:
     """Path of the compiled library, compiled now unless the cache has it or with `force`.
 
+    $MOEJAX_NATIVE_FLAGS is added to every command of the compiler and has its own library.
     Raises MoejaxError without a compiler, with the compiler's output when it fails, and when the
     cache directory cannot be written.
     """
@@ -127,10 +129,13 @@ def _isas(command: list[str]) -> dict[str, list[str]]:
         raise MoejaxError(f"there are no native kernels for {machine} processors")
 
     def accepted(flags: list[str]) -> bool:
-        probe = [*command, *flags, "-x", "c++", "-E", os.devnull]
-        return _run(probe).returncode == 0
+        return _run([*command, *flags, "-E", "-x", "c++", "-"]).returncode == 0
 
     return {name: flags for name, flags in known.items() if not flags or accepted(flags)}
+
+
+def _flags() -> list[str]:
+    return [*FLAGS, *shlex.split(os.environ.get("MOEJAX_NATIVE_FLAGS", ""))]
 
 
 def _key(command: list[str], isas: dict[str, list[str]]) -> str:
@@ -138,37 +143,49 @@ def _key(command: list[str], isas: dict[str, list[str]]) -> str:
     for path in sorted(SOURCES.glob("*.*")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     version = _run([*command, "--version"]).stdout
-    digest.update(repr((jaxlib.__version__, command, version, FLAGS, isas)).encode())
+    digest.update(repr((jaxlib.__version__, command, version, _flags(), isas)).encode())
     return digest.hexdigest()[:24]
 
 
 def _compile(
     command: list[str], isas: dict[str, list[str]], directory: pathlib.Path
 ) -> pathlib.Path:
-    """Compile every object in parallel, then link them; the library's path in `directory`."""
-    common = [*FLAGS, f"-I{jax.ffi.include_dir()}", *(f"-DMOEJAX_HAS_{name}" for name in isas)]
-    jobs = [(path.name, path.stem, []) for path in sorted(SOURCES.glob("*.cc"))]
-    jobs = [job for job in jobs if job[0] != MATH]
-    jobs += [
-        (MATH, f"math_{name}", [*flags, f"-DMOEJAX_ISA={name}"]) for name, flags in isas.items()
-    ]
+    """Compile every object in parallel, then link them; the library's path in `directory`.
 
-    def one(job: tuple[str, str, list[str]]) -> str:
-        source, stem, flags = job
+    An instruction set whose mathematics does not compile is left out, with a warning.
+    """
+    flags = _flags()
+    include = f"-I{jax.ffi.include_dir()}"
+
+    def compiled(source: str, stem: str, more: list[str]) -> str:
         target = str(directory / f"{stem}.o")
-        _check([*command, *common, *flags, "-c", str(SOURCES / source), "-o", target])
+        path = str(SOURCES / source)
+        _check([*command, *flags, include, *more, "-c", path, "-o", target])
         return target
 
+    def mathematics(name: str) -> str | None:
+        try:
+            return compiled(MATH, f"math_{name}", [*isas[name], f"-DMOEJAX_ISA={name}"])
+        except MoejaxError as error:
+            if not isas[name]:  # every processor of this architecture has it: something else fails
+                raise
+            warnings.warn(f"no native kernels for {name}: {error}", stacklevel=2)
+            return None
+
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(one, jobs))
+        objects = dict(zip(isas, pool.map(mathematics, isas), strict=True))
+        has = [f"-DMOEJAX_HAS_{name}" for name in isas if objects[name]]
+        sources = [path for path in sorted(SOURCES.glob("*.cc")) if path.name != MATH]
+        others = list(pool.map(lambda path: compiled(path.name, path.stem, has), sources))
     target = directory / ("moejax" + _suffix())
-    _check([*command, "-shared", "-pthread", *objects, "-o", str(target)])
+    linked = [*filter(None, objects.values()), *others]
+    _check([*command, *flags, "-shared", *linked, "-o", str(target)])
     return target
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        return subprocess.run(command, input="", capture_output=True, text=True, check=False)
     except OSError as error:
         raise MoejaxError(f"cannot run the C++ compiler {command[0]}: {error}") from error
 

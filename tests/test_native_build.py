@@ -57,6 +57,18 @@ def test_a_failed_build_shows_what_the_compiler_said(monkeypatch, tmp_path):
     assert not list(tmp_path.rglob("*.so"))
 
 
+def test_an_instruction_set_that_does_not_compile_is_left_out(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "_isas", lambda command: {"plain": [], "odd": ["-modd"]})
+    says = f'echo "$*" >> {tmp_path}/log; case "$*" in *-modd*) exit 1;; esac\n'
+    writes = 'while [ $# -gt 0 ]; do [ "$1" = -o ] && echo library > "$2"; shift; done; exit 0'
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path / "c++", says + writes))
+    with pytest.warns(UserWarning, match="no native kernels for odd"):
+        assert build.build().exists()
+    log = (tmp_path / "log").read_text()
+    assert "-DMOEJAX_HAS_plain" in log and "-DMOEJAX_HAS_odd" not in log
+
+
 @needs_compiler
 def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
@@ -88,4 +100,6 @@ def test_every_source_and_flag_is_part_of_the_key(monkeypatch, tmp_path):
         keys |= {build._key(command, {}), build._key(command, {"baseline": []})}
         monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-g"])
         keys.add(build._key(command, {}))
-    assert len(keys) == 6
+    monkeypatch.setenv("MOEJAX_NATIVE_FLAGS", "-O1")
+    keys.add(build._key(command, {}))
+    assert len(keys) == 7

@@ -105,6 +105,11 @@ DiskStore::DiskStore(const DiskOptions& options)
       stride_(round_up(options.record_bytes, kPage)),
       buffers_(stride_ * options.buffers) {
   if (options.data_offset < 0) throw std::runtime_error("a file has no negative offsets");
+  int64_t end;
+  if (__builtin_mul_overflow(record_bytes_, int64_t{records_}, &end) ||
+      __builtin_add_overflow(end, data_offset_, &end)) {
+    throw std::runtime_error(path_ + ": the records end beyond any file");
+  }
   if (options.threads < 1) throw std::runtime_error("a store needs at least one reader thread");
   if (options.checksums) {
     checksums_.assign(options.checksums, options.checksums + options.records);

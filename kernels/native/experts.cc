@@ -153,9 +153,12 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::AnyBuffer source, ffi::Buffer<ffi:
   const int64_t stride = static_cast<int64_t>(source.size_bytes()) / records;
   const Matrix gate_up{nullptr, 2 * expert_width, width, static_cast<Format>(format)};
   const Matrix down{nullptr, width, expert_width, static_cast<Format>(format)};
-  if (gate_up_offset + gate_up.bytes() > stride || down_offset + down.bytes() > stride) {
+  const auto holds = [&](int64_t at, const Matrix& matrix) {
+    return at >= 0 && matrix.bytes() <= stride - at;
+  };
+  if (!holds(gate_up_offset, gate_up) || !holds(down_offset, down)) {
     return ffi::Error::InvalidArgument("moejax_experts: a record of " + std::to_string(stride) +
-                                       " bytes is too short for its matrices");
+                                       " bytes does not hold its matrices");
   }
   Plan grouped;
   const auto* data = static_cast<const uint8_t*>(source.untyped_data());

@@ -29,7 +29,7 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer 
     return ffi::Error::InvalidArgument("moejax_linear: a layer of " + std::to_string(stride) +
                                        " bytes is too short for its matrix");
   }
-  const int64_t count = cols ? static_cast<int64_t>(x.element_count()) / cols : 0;
+  const int64_t count = rows ? static_cast<int64_t>(y->element_count()) / rows : 0;
   const bool round = round_input && matrix.format == kBfloat16;
   const Kernels& k = kernels();
   const int64_t packed = k.packed_bytes(cols, round);

@@ -9,6 +9,7 @@
 namespace moejax {
 namespace {
 
+constexpr double kLongestNs = 1e18;  // of a transfer: times must not overflow
 constexpr int64_t kSpinNs = 50'000;  // a sleeping thread wakes up to this much late
 
 void sleep_until(int64_t time) {
@@ -27,8 +28,8 @@ class PacedStore final : public Store {
              double gigabytes_per_second, double latency_us)
       : Store(record_bytes, records, buffers),
         base_(base),
-        transfer_ns_(static_cast<int64_t>(latency_us * 1e3 + record_bytes / gigabytes_per_second)) {
-  }
+        transfer_ns_(static_cast<int64_t>(
+            std::min(kLongestNs, latency_us * 1e3 + record_bytes / gigabytes_per_second))) {}
   CommitResult commit(const std::vector<Placement>& placements, const Copier& copy) override;
 
  private:

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <exception>
 #include <map>
+#include <thread>
 
 #include "handlers.h"
 
@@ -258,14 +259,18 @@ MOEJAX_EXPORT int32_t moejax_store_open_paced(const char* base, int64_t record_b
   });
 }
 
-// Waits for the reads under way; commits that use the store finish first.
+// Waits for the reads under way; commits that use the store finish first, since the caller may
+// then free the memory that a paced store reads.
 MOEJAX_EXPORT void moejax_store_close(int32_t handle) {
   std::shared_ptr<moejax::Store> store;
-  std::lock_guard<std::mutex> lock(registry().mutex);
-  const auto found = registry().stores.find(handle);
-  if (found == registry().stores.end()) return;
-  store = std::move(found->second);
-  registry().stores.erase(found);
+  {
+    std::lock_guard<std::mutex> lock(registry().mutex);
+    const auto found = registry().stores.find(handle);
+    if (found == registry().stores.end()) return;
+    store = std::move(found->second);
+    registry().stores.erase(found);
+  }
+  while (store.use_count() > 1) std::this_thread::sleep_for(std::chrono::microseconds(100));
 }
 
 // 1, or 0 when there is no such store.

@@ -70,10 +70,11 @@ std::vector<int32_t> victims(const Tables& tables, const Key* keys,
   const int32_t experts = kept.size(), first = layer * experts;
   for (int32_t slot = 0; slot < std::min(capacity, tables.slots); ++slot) {
     if (tables.home[slot] >= 0 && tables.home[slot] != layer) continue;
-    const int32_t owner = tables.owner[slot], local = owner - first;
+    const int32_t owner = tables.owner[slot];
+    const bool local = owner >= first && owner - first < experts;
     if (owner < 0) {
       chosen.push_back(slot);
-    } else if (owner < tables.ids && !(local >= 0 && local < experts && kept[local])) {
+    } else if (owner < tables.ids && !(local && kept[owner - first])) {
       candidates.push_back({keys[owner], slot});
       if (is_nan(keys[owner])) unordered = candidates.size();
     }
