@@ -212,6 +212,9 @@ def _budget(runtime: Runtime) -> dict[str, Any]:
     return {
         "model": str(runtime.directory),
         "dtype": runtime.model.dtype,
+        "quant": runtime.model.quant,
+        "kernels": runtime.model.kernels,
+        "link": runtime.tier,
         "expert_format": runtime.store.layout.dtype if runtime.store else None,
         "label": stats.label,
         "virtual": stats.virtual,

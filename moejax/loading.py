@@ -115,7 +115,7 @@ def _check_arguments(dtype: str, slots: Any, device: Any, host: Any, batch: Any)
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if sum(budget is not None for budget in (slots, device, host)) > 1:
-        raise BudgetError("give one of device_memory, host_memory and slots")
+        raise BudgetError("give only one of device_memory, host_memory and slots")
     if not isinstance(slots, int | None) or not isinstance(batch, int) or batch < 1:
         raise InputError(f"slots and batch must be whole numbers, not {slots!r} and {batch!r}")
 

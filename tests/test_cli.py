@@ -145,7 +145,7 @@ def test_stop_ends_the_text(model):
         (3, ("generate", "a", "--model", "/does/not/exist"), "no directory"),
         (4, ("generate", "a", "--slots", 1), "slots cannot hold"),
         (4, ("generate", "a", "--device-memory", "10kB"), "too little"),
-        (4, ("generate", "a", "--device-memory", "1GB", "--slots", 4), "not both"),
+        (4, ("generate", "a", "--device-memory", "1GB", "--slots", 4), "only one of"),
     ],
 )
 def test_errors_are_one_line_and_a_code(model, code, arguments, said):
