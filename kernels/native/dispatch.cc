@@ -31,6 +31,7 @@ MOEJAX_DECLARE(neon)
 namespace moejax {
 
 std::atomic<int> worker_limit{0};
+Notice& notice = *new Notice;  // never destroyed: workers may outlive main
 
 namespace {
 

@@ -80,25 +80,25 @@ class Call {
     const Matrix gate_up{nullptr, 2 * hidden_, width_, format_};
     const Matrix down{nullptr, width_, hidden_, format_};
     const bool small = is_small(groups * (gate_up.bytes() + down.bytes()), total / groups);
-    // As many rows of gate as of up; long runs, since the first rows of each come unannounced,
-    // but enough tasks to share out.
-    const int64_t fair = round_up(groups * hidden_ / kLeastTasks + 1, 16);
-    up_chunk_ = std::min({kMaxHidden, chunk_rows(gate_up, 1), fair});
-    down_chunk_ = chunk_rows(down, 1);
-    const int64_t ups = (hidden_ + up_chunk_ - 1) / up_chunk_;
-    const int64_t downs = (width_ + down_chunk_ - 1) / down_chunk_;
-    parallel_for(pool, groups * ups, small,
-                 [&](int64_t i) { up(plan_.groups[i / ups], i % ups * up_chunk_); });
-    parallel_for(pool, groups * downs, small,
-                 [&](int64_t i) { lower(plan_.groups[i / downs], i % downs * down_chunk_, y); });
+    const int64_t threads = pool.num_threads();
+    // As many rows of gate as of up.
+    const Matrix gate{nullptr, hidden_, width_, format_};
+    const auto ups = cut(gate, groups, 1, threads, kMaxHidden);
+    parallel_for(pool, static_cast<int64_t>(ups.size()), small, [&](int64_t i) {
+      up(plan_.groups[ups[i].matrix], ups[i].row0, ups[i].row1);
+    });
+    const auto downs = cut(down, groups, 1, threads, width_);
+    parallel_for(pool, static_cast<int64_t>(downs.size()), small, [&](int64_t i) {
+      lower(plan_.groups[downs[i].matrix], downs[i].row0, downs[i].row1, y);
+    });
   }
 
  private:
-  static constexpr int64_t kMaxHidden = 128, kLeastTasks = 16;
+  static constexpr int64_t kMaxHidden = 128;
 
-  // Hidden values [f0, f0 + up_chunk_) of one expert's picks.
-  void up(const Group& group, int64_t f0) {
-    const int64_t f1 = std::min(hidden_, f0 + up_chunk_), width = f1 - f0;
+  // Hidden values [f0, f1) of one expert's picks.
+  void up(const Group& group, int64_t f0, int64_t f1) {
+    const int64_t width = f1 - f0;
     const Matrix matrix{group.record + gate_up_offset_, 2 * hidden_, width_, format_};
     float gate[kBlockRows][kMaxHidden], up[kBlockRows][kMaxHidden], h[kMaxHidden];
     for (int64_t at = 0; at < group.count; at += kBlockRows) {
@@ -118,9 +118,8 @@ class Call {
     }
   }
 
-  // Results [d0, d0 + down_chunk_) of one expert's picks.
-  void lower(const Group& group, int64_t d0, float* y) {
-    const int64_t d1 = std::min(width_, d0 + down_chunk_);
+  // Results [d0, d1) of one expert's picks.
+  void lower(const Group& group, int64_t d0, int64_t d1, float* y) {
     const Matrix matrix{group.record + down_offset_, width_, hidden_, format_};
     for (int64_t at = 0; at < group.count; at += kBlockRows) {
       const int64_t first = group.first + at, some = std::min(kBlockRows, group.count - at);
@@ -136,7 +135,7 @@ class Call {
   Format format_;
   bool round_;
   int64_t gate_up_offset_, down_offset_;
-  int64_t x_stride_ = 0, h_stride_ = 0, up_chunk_ = 0, down_chunk_ = 0;
+  int64_t x_stride_ = 0, h_stride_ = 0;
   Scratch x_, h_;
 };
 

@@ -36,10 +36,10 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer 
   Scratch memory = scratch(count * packed);
   pack_rows(pool, k, x.typed_data(), count, cols, round, memory.get());
   float* out = y->typed_data();
-  const int64_t chunk = chunk_rows(matrix, count);
+  const auto tasks = cut(matrix, 1, count, pool.num_threads(), rows);
   const bool small = is_small(rows * row_bytes(matrix.format, cols), count);
-  parallel_for(pool, (rows + chunk - 1) / chunk, small, [&](int64_t i) {
-    const int64_t row0 = i * chunk, row1 = std::min(rows, row0 + chunk);
+  parallel_for(pool, static_cast<int64_t>(tasks.size()), small, [&](int64_t i) {
+    const int64_t row0 = tasks[i].row0, row1 = tasks[i].row1;
     const void* from[kBlockRows];
     float* to[kBlockRows];
     for (int64_t n = 0; n < count; n += kBlockRows) {

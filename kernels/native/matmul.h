@@ -108,12 +108,22 @@ struct Dense : RowPointers {
 
   template <int M>
   MOEJAX_INLINE void walk(const float* const* x, int64_t begin, int64_t end, Tile<M>& acc) const {
+    constexpr int64_t line = 64 / Element::kBytes;  // columns of a cache line
     F16 w[kTileRows];
     const int64_t stop = end < whole ? end : whole;
-    for (int64_t j = begin; j < stop; j += 16) {
+    int64_t j = begin;
+    for (; j + line <= stop; j += line) {
+      MOEJAX_UNROLL for (int r = 0; r < kTileRows; ++r) this->prefetch(r, j * Element::kBytes);
+      MOEJAX_UNROLL for (int64_t i = j; i < j + line; i += 16) {
+        MOEJAX_UNROLL for (int r = 0; r < kTileRows; ++r) {
+          w[r] = Element::get(row[r] + i * Element::kBytes);
+        }
+        step<M>(w, x, i, acc);
+      }
+    }
+    for (; j < stop; j += 16) {
       MOEJAX_UNROLL for (int r = 0; r < kTileRows; ++r) {
         w[r] = Element::get(row[r] + j * Element::kBytes);
-        this->prefetch(r, j * Element::kBytes);
       }
       step<M>(w, x, j, acc);
     }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <thread>
@@ -66,6 +67,58 @@ struct Loop {
   }
 };
 
+// Where the newest loop is announced to workers that linger. A sleeping thread takes longer to wake
+// than a small matrix to read, so a worker that has run out of work watches for a while.
+class Notice {
+ public:
+  // How many workers are watching that have not been counted on yet.
+  int64_t publish(const std::shared_ptr<Loop>& loop) {
+    lock();
+    loop_ = loop;
+    epoch_.fetch_add(1, std::memory_order_release);
+    unlock();
+    return watching_.load(std::memory_order_relaxed);
+  }
+
+  // Works on announced loops until none has come for a while.
+  void linger() {
+    uint64_t seen = epoch_.load(std::memory_order_acquire);
+    watching_.fetch_add(1, std::memory_order_relaxed);
+    auto deadline = Clock::now() + kLinger;
+    for (int spins = 0;; ++spins) {
+      const uint64_t now = epoch_.load(std::memory_order_acquire);
+      if (now != seen) {
+        seen = now;
+        lock();
+        std::shared_ptr<Loop> loop = loop_;
+        unlock();
+        if (loop) loop->work();
+        deadline = Clock::now() + kLinger;
+      } else if (spins % 64 == 0 && Clock::now() > deadline) {
+        break;
+      }
+      pause();
+    }
+    watching_.fetch_sub(1, std::memory_order_relaxed);
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  static constexpr std::chrono::microseconds kLinger{100};
+
+  void lock() {
+    while (locked_.test_and_set(std::memory_order_acquire)) pause();
+  }
+  void unlock() { locked_.clear(std::memory_order_release); }
+
+  std::atomic<uint64_t> epoch_{0};
+  std::atomic<int64_t> watching_{0};
+  std::atomic_flag locked_ = ATOMIC_FLAG_INIT;
+  std::shared_ptr<Loop> loop_;
+};
+
+extern Notice& notice;  // dispatch.cc
+
 // body(i) for i in [0, count), in any order, on the caller and up to `pool`'s other threads.
 template <class Body>
 void parallel_for(xla::ffi::ThreadPool& pool, int64_t count, bool small, const Body& body) {
@@ -86,7 +139,12 @@ void parallel_for(xla::ffi::ThreadPool& pool, int64_t count, bool small, const B
   loop->count = count;
   loop->call = call;
   loop->body = &body;
-  for (int64_t w = 1; w < workers; ++w) pool.Schedule([loop] { loop->work(); });
+  for (int64_t w = 1 + notice.publish(loop); w < workers; ++w) {
+    pool.Schedule([loop] {
+      loop->work();
+      notice.linger();
+    });
+  }
   loop->work();
   for (int spins = 0; loop->done.load(std::memory_order_acquire) < count; ++spins) {
     if (spins < 4096) {
