@@ -33,7 +33,7 @@ __all__ = [
     "using",
 ]
 
-NAMES = ("reference", "native")
+NAMES = ("reference", "native", "pallas")
 _chosen = contextvars.ContextVar("moejax.kernels", default="reference")
 
 
@@ -55,6 +55,10 @@ def chosen() -> str:
 def _kernels() -> ModuleType:
     if chosen() == "reference":
         return reference
+    if chosen() == "pallas":
+        from moejax.kernels import pallas
+
+        return pallas
     from moejax.kernels import native_cpu
 
     return native_cpu

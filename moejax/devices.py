@@ -80,20 +80,21 @@ def store(
 def kernels(name: str | None) -> str:
     """The kernels to run with: those named, else the native ones where they can be had.
 
+    On a GPU the reference is the default as long as no GPU has confirmed the Pallas kernels.
+
     Raises:
         InputError: no such kernels, or not on this machine.
     """
     if name not in (None, *NAMES):
         raise InputError(f"kernels {name!r:.80} are not one of {', '.join(NAMES)}")
-    if name == "reference" or jax.default_backend() != "cpu":
-        if name == "native":
-            raise InputError("the native kernels are for CPUs: leave `kernels` out")
-        return "reference"
-    if build.library() is not None:
-        return "native"
-    if name == "native":
+    on_cpu = jax.default_backend() == "cpu"
+    if name == ("pallas" if on_cpu else "native"):
+        raise InputError(f"{name} kernels are for {'GPUs' if on_cpu else 'CPUs'}: leave them out")
+    if name == "reference" or not on_cpu:
+        return name or "reference"
+    if build.library() is None and name == "native":
         raise InputError(build.status())
-    return "reference"
+    return "reference" if build.library() is None else "native"
 
 
 def store_sharding(on_device: bool) -> jax.sharding.SingleDeviceSharding:

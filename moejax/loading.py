@@ -61,7 +61,8 @@ def load(
         virtual: the tables say what is resident, weights are read in place and nothing is copied.
         link: "disk" reads experts from a bank into slots; "paced:GB_PER_S,LATENCY_US" moves them
             from memory at that rate. Without a GPU only.
-        kernels: "native" or "reference"; default native where they can be built, on a CPU.
+        kernels: "reference", "native" (for CPUs, there the default where they can be built) or
+            "pallas" (for GPUs, not confirmed on one yet).
         check_records: compare the checksum of every record read from a disk.
         residency_file: which experts were resident at the end of the last run; read if it exists,
             so that this one starts warm, and written after each generation.

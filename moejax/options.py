@@ -33,7 +33,8 @@ Link = Annotated[
 Quant = Annotated[str | None, typer.Option(help="Quantise while loading: int8 or int4.")]
 Group = Annotated[int, typer.Option(help="Columns that share a scale with int4: 32 or 64.")]
 Kernels = Annotated[
-    str | None, typer.Option(help="'native' or 'reference'; default native where it can be built.")
+    str | None,
+    typer.Option(help="'native' (default on CPUs), 'reference' (default on GPUs), 'pallas'."),
 ]
 ResidencyFile = Annotated[
     pathlib.Path | None,

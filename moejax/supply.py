@@ -100,7 +100,7 @@ class Supply:
         """Give slots to as many absent ones of the experts `wanted` [E] as possible, in order."""
         residency = shelf.residency
         capacity = tables.usable(residency, self.experts, self.policy.capacity)
-        if kernels.chosen() == "reference":
+        if kernels.chosen() != "native":
             residency, copies = tables.bring(residency, keys, self.layer, wanted, order, capacity)
         else:
             slot_of, owner, slot, expert, count = transport.plan_fetch(
