@@ -40,6 +40,7 @@ class Description:
     directory: str
     kind: str  # a key of KINDS
     dtype: str
+    quant: str | None  # format of the quantised weights
     context: int
     config: dict[str, Any]
     parameters: int
@@ -72,32 +73,36 @@ def describe(directory: pathlib.Path, context: int | None = None) -> Description
         MoejaxError: the config or a header is malformed, or they do not fit each other.
     """
     config = config_from_hf(read_config_json(directory))
-    kind, stored, count = _stored(directory, config)
+    about = convert.quantisation(directory) if convert.is_converted(directory) else None
+    quant = about and about["quant"]
+    kind, stored, count = _stored(directory, config, quant)
     dtype = _dtype(kind, stored)
     if kind == "hf":
         hf.plan_directory(directory, weight_map(config, family(config.model_type).rules, dtype))
     context = checked_context(config, context)
-    model = Decoder(config, dtype)
+    model = Decoder(config, dtype, quant)
+    dense_bytes = devices.dense_bytes(config, dtype, quant)
     dense = sum(math.prod(shape) for shape in parameter_shapes(config).values())
     expert = 3 * config.width * config.expert_width
     experts = config.num_moe_layers * config.num_experts
-    record = config.record_layout(dtype).stride if experts else 0
+    record = config.record_layout(quant or dtype).stride if experts else 0
     return Description(
         directory=str(directory),
         kind=kind,
         dtype=dtype,
+        quant=quant,
         context=context,
         config=_facts(config),
         parameters=dense + experts * expert,
         active_parameters=dense + config.num_moe_layers * config.top_k * expert,
-        dense_bytes=devices.dense_bytes(config, dtype),
+        dense_bytes=dense_bytes,
         expert_bytes=record,
         experts=experts,
         kv_bytes_per_1k_tokens=devices.kv_bytes(model, 1, KV_TOKENS),
         tensors=count,
         stored=dict(stored),
         fits=fits(
-            devices.dense_bytes(config, dtype) + devices.kv_bytes(model, 1, context),
+            dense_bytes + devices.kv_bytes(model, 1, context),
             record,
             config.top_k,
             experts,
@@ -196,7 +201,9 @@ def _facts(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _stored(directory: pathlib.Path, config: ModelConfig) -> tuple[str, Counter[str], int]:
+def _stored(
+    directory: pathlib.Path, config: ModelConfig, quant: str | None
+) -> tuple[str, Counter[str], int]:
     """Kind of directory, bytes by stored dtype, and number of tensors."""
     stored: Counter[str] = Counter()
     if orbax_directory.is_orbax(directory):
@@ -208,6 +215,7 @@ def _stored(directory: pathlib.Path, config: ModelConfig) -> tuple[str, Counter[
     dense = headers.read_header(directory / convert.DENSE) if converted else []
     tensors = dense or headers.list_tensors(directory)
     names = {source: dtype.name for source, dtype in hf.SOURCES.items()}
+    names |= {"U8": quant} if quant else {}
     for tensor in tensors:
         stored[names.get(tensor.dtype, tensor.dtype)] += tensor.nbytes
     if not converted:
