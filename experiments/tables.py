@@ -47,6 +47,62 @@ def quantisation(report: dict) -> list[str]:
     return [*lines, "", _source(report)]
 
 
+PEERS = {
+    "bf16": ("moejax bf16", "llama.cpp BF16", "transformers bf16"),
+    "8 bits": ("moejax int8", "llama.cpp Q8_0", None),
+    "4 bits": ("moejax int4", "llama.cpp Q4_0", None),
+}
+
+
+def peers_cpu(report: dict) -> list[str]:
+    """Milliseconds per token of `experiments.peers_cpu`, by test and bits."""
+    rows = {(row["test"], row["peer"]): row for row in report["rows"]}
+    lines = [
+        "| ms per token | bits | moejax | llama.cpp | transformers | moejax over llama.cpp "
+        "| share of the bandwidth bound |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for test in sorted({test for test, _ in rows}, key=lambda t: (t[:2] != "tg", int(t[2:]))):
+        for bits, names in PEERS.items():
+            found = [rows.get((test, name)) for name in names]
+            times = [f"{row['ms_per_token']:.2f}" if row else "" for row in found]
+            bound = found[0]["bound_fraction"]
+            ratio = found[0]["ratios"].get(names[1])
+            lines.append(
+                f"| {test} | {bits} | {' | '.join(times)} | {ratio:.2f}x "
+                f"| {'' if bound is None else format(bound, '.0%')} |"
+            )
+    reads = [s["stream_read_gb_per_s"] for s in report["samples"] if s["stream_read_gb_per_s"]]
+    environment = report["environment"]
+    return [
+        *lines,
+        "",
+        f"{environment['cpu']}, {environment['cpus']} cores, in turn, medians; stream reads in "
+        f"between: {min(reads):.0f} to {max(reads):.0f} GB/s; `python -m experiments.peers_cpu`.",
+    ]
+
+
+def peers_cpu_limited(report: dict) -> list[str]:
+    """Decode times of `experiments.peers_cpu --limit`."""
+    lines = [
+        "| under a memory limit | ms per token | limit, GB | peak, GB | model file, GB |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in report["limited"]:
+        memory = row["memory"]
+        lines.append(
+            f"| {row['peer']} | {row['ms_per_token']:.0f} | {memory['limit'] / 1e9:.2f} "
+            f"| {memory['peak'] / 1e9:.2f} | {row['file_bytes'] / 1e9:.2f} |"
+        )
+    environment = report["environment"]
+    return [
+        *lines,
+        "",
+        f"{environment['cpu']}, {environment['cpus']} cores, control group with page cache; "
+        "`python -m experiments.peers_cpu --limit 1.5GB`.",
+    ]
+
+
 def _source(report: dict) -> str:
     """Hardware, versions and command of a result."""
     environment = report["environment"]
@@ -57,7 +113,12 @@ def _source(report: dict) -> str:
     )
 
 
-TABLES = {"residency": residency, "quantisation": quantisation}
+TABLES = {
+    "residency": residency,
+    "quantisation": quantisation,
+    "peers_cpu": peers_cpu,
+    "peers_cpu_limited": peers_cpu_limited,
+}
 
 
 def filled(text: str) -> str:
