@@ -21,6 +21,7 @@ class Hardware:
     backend: str
     versions: dict[str, str]
     format: str  # in which records are held
+    kernels: str  # that computed and copied
     width: int  # D
     expert_width: int  # F
     record_bytes: int

@@ -50,11 +50,14 @@ class StreamRead:
         return self.bytes / (time.perf_counter() - begun) / 1e9
 
 
-def hardware(config: ModelConfig, form: str, *, store_bytes: int = STORE_BYTES) -> Hardware:
+def hardware(
+    config: ModelConfig, form: str, *, how: str = "reference", store_bytes: int = STORE_BYTES
+) -> Hardware:
     """Measure this machine for the experts of a model; reads no weights.
 
     Args:
         form: the format that records are held in, such as "bfloat16" or "int8".
+        how: the kernels to measure, one of `kernels.NAMES`.
         store_bytes: memory for the records made up for it, at most the model's own.
     """
     layout = config.record_layout(form)
@@ -62,14 +65,15 @@ def hardware(config: ModelConfig, form: str, *, store_bytes: int = STORE_BYTES) 
     count = max(2, min(experts, store_bytes // layout.stride))
     records = made_up_records(layout, count)
     source = jax.device_put(records, devices.store_sharding(on_device=False))
-    link = Link(source)
+    link = Link(source, how)
     rate = layout.stride / link.seconds_per_record() / 1e9
     small = RECORD_ALIGNMENT // layout.bits.itemsize
-    tiny = Link(jax.device_put(records[:, :small].copy(), source.sharding))
+    tiny = Link(jax.device_put(records[:, :small].copy(), source.sharding), how)
     latency = tiny.seconds_per_record() - RECORD_ALIGNMENT / rate / 1e9
     # Where the store is the host's memory, an array of the CPU backend is the same memory.
-    host = Experts(layout, jax.device_put(records, jax.local_devices(backend="cpu")[0]))
-    slots = host if link.copies_memory else Experts(layout, link.pool_like())
+    there = jax.device_put(records, jax.local_devices(backend="cpu")[0])
+    host = Experts(layout, there, how if link.copies_memory else "reference")
+    slots = host if link.copies_memory else Experts(layout, link.pool_like(), how)
     busy_link, busy_host = contention(link, host)
     reader = StreamRead(min(STREAM_BYTES, max(store_bytes, 1 << 20)))
     found = doctor.environment()
@@ -80,6 +84,7 @@ def hardware(config: ModelConfig, form: str, *, store_bytes: int = STORE_BYTES) 
         backend=found["backend"],
         versions=found["versions"],
         format=form,
+        kernels=how,
         width=config.width,
         expert_width=config.expert_width,
         record_bytes=layout.stride,
@@ -103,18 +108,21 @@ def made_up_records(layout: RecordLayout, count: int) -> np.ndarray:
     return records
 
 
-@functools.partial(jax.jit, static_argnames="count", donate_argnames="pool")
-def _copy(pool: jax.Array, store: jax.Array, first: jax.Array, *, count: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("count", "how"), donate_argnames="pool")
+def _copy(
+    pool: jax.Array, store: jax.Array, first: jax.Array, *, count: int, how: str
+) -> jax.Array:
     numbers = jnp.arange(count, dtype=jnp.int32)
     slot, record = numbers % pool.shape[0], (first + numbers) % store.shape[0]
-    return kernels.fetch(pool, store, slot, record, jnp.int32(count), first)
+    with kernels.using(how):
+        return kernels.fetch(pool, store, slot, record, jnp.int32(count), first)
 
 
 class Link:
     """Copies records of a store [n, R] into slots, as a miss does."""
 
-    def __init__(self, store: jax.Array):
-        self.store = store
+    def __init__(self, store: jax.Array, how: str):
+        self.store, self.how = store, how
         self.copies_memory = jax.default_backend() == "cpu"
         self.record_bytes = store.shape[1] * store.dtype.itemsize
         self.count = max(1, min(CALL_BYTES // self.record_bytes, 4096))
@@ -129,7 +137,8 @@ class Link:
     def copy(self) -> int:
         """Copy some records, others than the last time, and return how many."""
         first = jnp.int32(self._next % self.store.shape[0])
-        self._pool = _copy(self._pool, self.store, first, count=self.count).block_until_ready()
+        options = {"count": self.count, "how": self.how}
+        self._pool = _copy(self._pool, self.store, first, **options).block_until_ready()
         self._next += self.count
         return self.count
 
@@ -138,32 +147,32 @@ class Link:
         return _median_seconds(self.copy)
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "tokens", "count"))
+@functools.partial(jax.jit, static_argnames=("layout", "tokens", "count", "how"))
 def _compute(
-    layout: RecordLayout, source: jax.Array, first: jax.Array, *, tokens: int, count: int
+    layout: RecordLayout, source: jax.Array, first: jax.Array, *, tokens: int, count: int, how: str
 ) -> jax.Array:
     numbers = jnp.arange(count, dtype=jnp.int32)
-    plan = kernels.plan(jnp.broadcast_to(numbers, (tokens, count)), count)
     index = (first + numbers) % source.shape[0]
     x = jnp.full((tokens, layout.width), 0.5, jnp.float32)
-    rows = kernels.empty_rows(plan, layout.width)
-    return kernels.experts(layout, source, index, plan, x, rows)[1]
+    with kernels.using(how):
+        plan = kernels.plan(jnp.broadcast_to(numbers, (tokens, count)), count)
+        rows = kernels.empty_rows(plan, layout.width)
+        return kernels.experts(layout, source, index, plan, x, rows)[1]
 
 
 class Experts:
     """Computes the FFN of experts whose records are source [n, R], where that lies."""
 
-    def __init__(self, layout: RecordLayout, source: jax.Array):
-        self.layout, self.source = layout, source
+    def __init__(self, layout: RecordLayout, source: jax.Array, how: str):
+        self.layout, self.source, self.how = layout, source, how
         self.count = max(1, min(CALL_BYTES // layout.stride, source.shape[0]))
         self._next = 0
 
     def compute(self, tokens: int) -> int:
         """Some experts, others than the last time, for `tokens` tokens each; returns how many."""
         first = jax.device_put(np.int32(self._next % self.source.shape[0]), self.source.sharding)
-        _compute(
-            self.layout, self.source, first, tokens=tokens, count=self.count
-        ).block_until_ready()
+        options = {"tokens": tokens, "count": self.count, "how": self.how}
+        _compute(self.layout, self.source, first, **options).block_until_ready()
         self._next += self.count
         return self.count
 
@@ -176,23 +185,30 @@ def contention(link: Link, host: Experts) -> tuple[float, float]:
     """Seconds per record copied and per expert computed for one token, both at the same time."""
     computing, done = threading.Event(), threading.Event()
     copied: list[float] = []
+    failed: list[Exception] = []
 
     def copying() -> None:
-        while not done.is_set():
-            begun = time.perf_counter()
-            count = link.copy()
-            if computing.is_set():
-                copied.append((time.perf_counter() - begun) / count)
+        try:
+            while not done.is_set():
+                begun = time.perf_counter()
+                count = link.copy()
+                if computing.is_set():
+                    copied.append((time.perf_counter() - begun) / count)
+        except Exception as error:
+            failed.append(error)
 
     copier = threading.Thread(target=copying)
     copier.start()
     try:
         host.compute(1)
         computing.set()
-        computed = _median_seconds(lambda: host.compute(1), lambda: len(copied) >= REPEATS)
+        enough = lambda: failed or len(copied) >= REPEATS  # noqa: E731
+        computed = _median_seconds(lambda: host.compute(1), enough)
     finally:
         done.set()
         copier.join()
+    if failed:
+        raise failed[0]
     return statistics.median(copied), computed
 
 
