@@ -54,7 +54,7 @@ class _Keys:
     def __init__(self, path: Path, file: GgufFile):
         self.path, self.metadata = path, file.metadata
         self.architecture = file.metadata.get("general.architecture")
-        if self.architecture not in MODEL_TYPES:
+        if not isinstance(self.architecture, str) or self.architecture not in MODEL_TYPES:
             raise UnsupportedModelError(
                 f"{path}: architecture {self.architecture!r:.80} is not one of "
                 f"{', '.join(MODEL_TYPES)}"
@@ -181,11 +181,16 @@ def _rope_scaling(keys: _Keys) -> dict[str, Any] | None:
 
 
 def _token_ids(metadata: dict[str, Any]) -> dict[str, Any]:
-    ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
+    ids = {}
+    for name in ("eos", "eot", "bos", "padding"):
+        ids[name] = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if not isinstance(ids[name], int | None):
+            raise CheckpointError(f"tokenizer.ggml.{name}_token_id is no number: {ids[name]!r:.80}")
+    ends = [ids[name] for name in ("eos", "eot") if ids[name] is not None]
     return {
-        "eos_token_id": list(dict.fromkeys(end for end in ends if end is not None)),
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+        "eos_token_id": list(dict.fromkeys(ends)),
+        "bos_token_id": ids["bos"],
+        "pad_token_id": ids["padding"],
     }
 
 

@@ -153,9 +153,18 @@ def workspace_bytes(model: Decoder, policy: Policy | None, batch: int, context: 
 
 
 def slots_for(
-    model: Decoder, policy: Policy | None, memory: int, context: int, batch: int = 1
+    model: Decoder,
+    policy: Policy | None,
+    memory: int,
+    context: int,
+    batch: int = 1,
+    *,
+    ahead: int = 0,
 ) -> int:
     """Slots that fit `memory` bytes beside dense weights, KV cache and workspace.
+
+    Args:
+        ahead: bytes for records that are read ahead.
 
     Raises:
         BudgetError: not even one layer's top-k fits; the message lists what takes the memory.
@@ -166,6 +175,8 @@ def slots_for(
         f"KV cache of {batch} x {context} tokens": kv_bytes(model, batch, context),
         "workspace": workspace_bytes(model, policy, batch, context),
     }
+    if ahead:
+        parts["records read ahead"] = ahead
     left = memory - sum(parts.values())
     if not config.moe_layers:
         slots, least, stride = 0, 0, 0

@@ -7,6 +7,7 @@ import numpy as np
 from moejax.errors import CheckpointError, NonFiniteError
 from moejax.layout import GROUPS, MatrixLayout
 
+VERSION = 1  # of the integers and scales that the same weights give
 BLOCK = 1 << 16  # weights worked on at once: what a step needs then stays in the cache
 # Scales that are tried for int4, as factors on Q4_0's. A smaller one clips the largest weight and
 # serves the others better. More candidates gain less than 1 % of the error.

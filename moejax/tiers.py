@@ -9,21 +9,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from moejax import devices
+from moejax import devices, orbax_directory, quantise
 from moejax.checkpoints import convert
-from moejax.checkpoints.bank import open_bank
+from moejax.checkpoints.bank import VERSION, open_bank
 from moejax.checkpoints.rules import WeightMap
-from moejax.errors import BudgetError, InputError
+from moejax.errors import InputError
 from moejax.kernels import build
 from moejax.kernels.transport import Store
 from moejax.models.transformer import Decoder
 from moejax.policy import Policy
-from moejax.units import format_bytes
 
 BUFFERS = 16  # records that may have been read ahead of their commit
 THREADS = 4  # reads at the same time
-# What a process holds beside the budget: the interpreter, JAX, compiled programs, compiling them.
+# At most what a process holds beside a budget: the interpreter, JAX, programs, compiling them.
 PROCESS_BYTES = 640 * 2**20
+NO_GPU = "links and host_memory are for machines without a GPU: use device_memory"
 FORMS = 'link must be "disk" or "paced:GB_PER_S,LATENCY_US", such as "paced:2,100"'
 
 
@@ -62,7 +62,7 @@ def check(link: Link | None, model: Decoder, virtual: bool) -> None:
     if not model.config.moe_layers:
         raise InputError("a dense model has no experts to move over a link")
     if jax.default_backend() != "cpu":
-        raise InputError("links and host_memory are for machines without a GPU: use device_memory")
+        raise InputError(NO_GPU)
     if virtual:
         raise InputError("virtual residency reads weights in place: leave the link out")
     if build.library() is None:
@@ -83,6 +83,7 @@ def open_link(
     if link is None:
         return None, records
     if link.kind == "paced":
+        records = np.asarray(records)
         store = Store.open_paced(
             records, gigabytes_per_second=link.gigabytes_per_second, latency_us=link.latency_us
         )
@@ -114,21 +115,15 @@ def on_host(
         BudgetError: not even one layer's top-k fits.
     """
     config = model.config
+    if jax.default_backend() != "cpu":
+        raise InputError(NO_GPU)
     if link and link.kind == "paced":
         raise InputError("a paced link keeps all experts in memory: give slots, not host_memory")
-    more = format_bytes(BUFFERS * config.record_layout(model.quant or model.dtype).stride)
-    try:
-        slots = devices.slots_for(model, policy, memory, context, batch)
-    except BudgetError as error:
-        raise BudgetError(f"{error} (and {more} more for records read ahead)") from None
-    if slots >= config.num_moe_layers * config.num_experts and link is None:
-        return None, slots
-    if slots - BUFFERS < config.top_k:
-        raise BudgetError(
-            f"{format_bytes(memory)} is too little: {more} of it are for records read ahead, which "
-            f"leaves {max(slots - BUFFERS, 0)} slots for the top-{config.top_k} of one layer"
-        )
-    return Link("disk"), slots - BUFFERS
+    ahead = BUFFERS * config.record_layout(model.quant or model.dtype).stride
+    slots = devices.slots_for(model, policy, memory, context, batch, ahead=ahead)
+    if slots + BUFFERS >= config.num_moe_layers * config.num_experts and link is None:
+        return None, slots + BUFFERS
+    return Link("disk"), slots
 
 
 def bank_directory(
@@ -141,10 +136,13 @@ def bank_directory(
     """
     if convert.is_converted(source):
         return source
+    if orbax_directory.is_orbax(source):
+        raise InputError(f"{source} is saved by Orbax, which no link reads: give the original")
     home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     about = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    name = repr((str(source.resolve()), about, quant, weights.layout))
+    versions = (VERSION, quantise.VERSION)
+    name = repr((str(source.resolve()), about, quant, weights.layout, versions))
     key = hashlib.sha256(name.encode()).hexdigest()[:12]
     target = home / "moejax" / "banks" / f"{source.stem}-{key}"
     if not convert.is_converted(target):

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import tempfile
 from typing import Any
 
 import jax
@@ -40,12 +41,22 @@ def save(path: str | os.PathLike, runtime: Any, state: DecodeState) -> None:
         raise CheckpointError("a dense model has no experts to remember")
     owner = np.asarray(state.experts.residency.owner)
     document = _about(runtime) | {"resident": owner[owner >= 0].tolist()}
-    partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(json.dumps(document))
-        os.replace(partial, path)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(document, file)
+        os.replace(file.name, path)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
+
+
+def checked_path(path: str | os.PathLike | None) -> pathlib.Path | None:
+    """The path of a file that `save` will be able to write; CheckpointError otherwise."""
+    if path is None:
+        return None
+    path = pathlib.Path(path)
+    if not os.access(path.parent, os.W_OK) or path.is_dir():
+        raise CheckpointError(f"{path} cannot be written: give a file in a folder that can")
+    return path
 
 
 def restore(path: str | os.PathLike, runtime: Any, state: DecodeState) -> DecodeState:

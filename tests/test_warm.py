@@ -43,6 +43,22 @@ def test_a_run_leaves_its_residency_for_the_next(tmp_path):
     assert first.stats.fetched > 0 and second.stats.fetched == 0
 
 
+@pytest.mark.parametrize("link", LINKS[1:])
+def test_what_a_warm_start_still_has_to_move_is_counted(tmp_path, link):
+    options = {"slots": 150, "context": 128, "residency_file": tmp_path / "file", "link": link}
+    first = moejax.load("tiny", **options)
+    first.generate("The old house", 8)
+    second = moejax.load("tiny", **options)
+    second.generate("The old house", 8)
+    assert second.stats.fetched == 0 and second.stats.hit_rate == 1
+    assert second.stats.bytes_moved == first.stats.bytes_moved > 0
+
+
+def test_a_file_that_could_not_be_written_is_refused_first(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        moejax.load("tiny", residency_file=tmp_path / "none" / "file")
+
+
 def test_what_does_not_fit_is_left_out(tmp_path):
     runtime = moejax.load("tiny", slots=150, context=128)
     state, *_ = prefilled(runtime, runtime.init_state())
