@@ -160,13 +160,14 @@ def stats_rows(runtime: Any) -> list[tuple[str, str]]:
             f", waited {stats.stall_seconds / max(stats.steps, 1) * 1e3:.2f} ms per decode step"
         )
         rows.append(("link", runtime.tier + waited))
-    rows.append(("result", _label(stats)))
+    rows.append(("result", _label(stats, runtime.model.quant)))
     return rows
 
 
-def _label(stats: Any) -> str:
+def _label(stats: Any, quant: str | None) -> str:
+    of = f" of the {quant} model" if quant else ""
     return {
-        "bit-exact": "bit-exact: the bits of the fully resident run",
+        "bit-exact": f"bit-exact: the bits of the fully resident run{of}",
         "faithful": "faithful: the model's own routing and experts",
         "lossy": f"lossy: {stats.replaced_mass:.3g} of router weight went to stand-ins",
     }[stats.label]
@@ -347,6 +348,7 @@ def bench(
 
 
 def _hardware(model: str, load: dict[str, Any]) -> Any:
+    from moejax.devices import kernels
     from moejax.formats import quant_format
     from moejax.layout import DTYPES
     from moejax.loading import read_config, source_path
@@ -359,7 +361,7 @@ def _hardware(model: str, load: dict[str, Any]) -> Any:
     config = config_from_hf(read_config(source_path(model)))
     if not config.moe_layers:
         raise InputError(f"{model} has no experts to measure the machine for")
-    return hardware(config, form)
+    return hardware(config, form, how=kernels(load["kernels"]))
 
 
 def print_json(document: Any) -> None:

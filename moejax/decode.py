@@ -12,7 +12,8 @@ import numpy as np
 
 from moejax import residency as tables
 from moejax.config import ModelConfig
-from moejax.errors import BudgetError, InputError, PolicyError
+from moejax.errors import BudgetError, InputError, LinkError, PolicyError
+from moejax.kernels.transport import Status
 from moejax.layout import BITS
 from moejax.models.layers import KV_BLOCK
 from moejax.models.transformer import Decoder
@@ -69,7 +70,8 @@ def decode_step(
 
     One program serves every residency, position and policy number; it is traced once per shape of
     `tokens`. Sequences shorter than T are padded at the end with -1. Ids are not checked here; a
-    sequence that outgrows the KV cache has NaN logits.
+    sequence that outgrows the KV cache has NaN logits, and so have all when records of a link did
+    not arrive (`check_arrived`).
 
     Args:
         model: the decoder (static).
@@ -210,6 +212,7 @@ def prefill(
 
     Raises:
         InputError: an empty prompt, an id out of range, or a prompt that does not fit the KV cache.
+        LinkError: expert records did not arrive.
     """
     prompts = [token_ids(p, model.config.vocab_size) for p in prompts]
     check_room(state, [len(p) for p in prompts])
@@ -217,11 +220,21 @@ def prefill(
     done = 0
     for tokens in chunks(prompts, chunk):
         state, out = decode_step(model, policy, params, store, state, tokens)
+        check_arrived(store, out)
         ended = np.array([done < len(p) <= done + tokens.shape[1] for p in prompts])
         logits = out.logits if logits is None else jnp.where(ended[:, None], out.logits, logits)
         traces.append(out.trace)
         done += tokens.shape[1]
     return state, logits, traces
+
+
+def check_arrived(store: ExpertStore | None, out: StepOutput) -> None:
+    """Raise LinkError if a step's records did not all arrive: its tokens were not taken in."""
+    if store is None or store.link is None:
+        return
+    failure = int(out.trace.failure.max())
+    if failure:
+        raise LinkError(f"expert records did not arrive ({Status(failure).name}); see last_error()")
 
 
 def rewind(state: DecodeState, length: np.ndarray) -> DecodeState:

@@ -202,7 +202,7 @@ def _facts(config: ModelConfig) -> dict[str, Any]:
 
 
 def _stored(
-    directory: pathlib.Path, config: ModelConfig, quant: str | None
+    directory: pathlib.Path, config: ModelConfig, quant: str | None = None
 ) -> tuple[str, Counter[str], int]:
     """Kind of directory, bytes by stored dtype, and number of tensors."""
     stored: Counter[str] = Counter()

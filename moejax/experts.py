@@ -40,6 +40,7 @@ class LayerTrace:
 
     needed: jax.Array
     hits: jax.Array
+    late: jax.Array
     fetched: jax.Array
     prefetched: jax.Array
     host: jax.Array
@@ -111,6 +112,7 @@ def _mixture(
     plan = kernels.plan(picks, layer.experts)
     hits = used.needed & (supply.slots(shelf.residency) >= 0)
     missing = used.needed & ~hits
+    late = supply.late(shelf)
     rows = kernels.empty_rows(plan, layer.x.shape[1])
     host = jnp.zeros_like(missing)
     if policy.placement.uses_host:
@@ -133,6 +135,7 @@ def _mixture(
     trace = LayerTrace(
         needed=used.needed.sum(dtype=jnp.int32),
         hits=hits.sum(dtype=jnp.int32),
+        late=(hits & late).sum(dtype=jnp.int32),
         fetched=moved.records,
         prefetched=jnp.int32(0),
         host=host.sum(dtype=jnp.int32),

@@ -37,6 +37,7 @@ class Totals:
     prefetched: jax.Array  # [] i32
     host: jax.Array  # [] i32
     replaced_mass: jax.Array  # [] f32
+    late: jax.Array  # [] i32
     stall: jax.Array  # [] i32, microseconds
     failure: jax.Array  # [] i32, the greatest of the layers'
 
@@ -73,6 +74,7 @@ class Stats:
     steps: int = 0  # decode steps, prefill not included
     needed: int = 0  # expert uses in decode, per layer and step distinct
     hits: int = 0
+    late: int = 0  # of `hits`: the expert had a slot, but its record was still to come over a link
     prefill_needed: int = 0
     prefill_hits: int = 0
     fetched: int = 0  # missing records copied into slots, prefill included; counted if `virtual`
@@ -81,6 +83,8 @@ class Stats:
     host: int = 0  # experts computed on the host, prefill included
     replaced_mass: float = 0.0
     stall_seconds: float = 0.0  # of decode, waited for a link
+    link_bytes: int | None = None  # read or begun by the link since the run began, if there is one
+    prefill_link_bytes: int = 0  # of those
     virtual: bool = False  # weights are read in place: nothing is copied
     label: str = "bit-exact"  # or "faithful" (same routing, other rounding) or "lossy"
     ttft: float | None = None
@@ -98,7 +102,9 @@ class Stats:
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes copied into slots, or that slots would have cost if `virtual`."""
+        """Bytes moved into slots, as the link counts them; without a link, by records."""
+        if self.link_bytes is not None:
+            return self.link_bytes
         return (self.fetched + self.prefetched) * self.record_bytes
 
     @property
@@ -106,6 +112,8 @@ class Stats:
         """Bytes copied per decode step."""
         if not self.steps:
             return None
+        if self.link_bytes is not None:
+            return (self.link_bytes - self.prefill_link_bytes) / self.steps
         moved = self.fetched + self.prefetched - self.prefill_moved
         return moved * self.record_bytes / self.steps
 
@@ -125,6 +133,7 @@ class Stats:
         else:
             self.needed += int(counted.needed)
             self.hits += int(counted.hits)
+            self.late += int(counted.late)
             self.stall_seconds += float(counted.stall) / 1e6
 
     def as_dict(self) -> dict[str, Any]:
@@ -144,6 +153,7 @@ def _totals(trace: StepTrace | None) -> Totals | None:
         prefetched=trace.prefetched.sum(),
         host=trace.host.sum(),
         replaced_mass=trace.replaced_mass.sum(),
+        late=trace.late.sum(),
         stall=trace.stall.sum(),
         failure=trace.failure.max(),
     )
@@ -235,10 +245,11 @@ class Engine:
         fixed = (self.model, self.policy, self.params, self.store)
         pending = np.full(len(prompts), -1, np.int32)
         drawn, done = None, 0
+        before = self.link.stats().bytes if self.link else 0
         stats.prompt_tokens += sum(len(p) for p in prompts)
         for tokens in chunks(prompts):
             state, seen, drawn = generate_step(*fixed, state, tokens, sampling, key, seen, top=top)
-            stats.add(drawn.totals, prefill=True)
+            self._count(stats, drawn, before, prefill=True)
             size = tokens.shape[1]
             ends = [done < len(p) <= done + size for p in prompts]
             done += size
@@ -258,7 +269,7 @@ class Engine:
             tokens = np.where(finished, -1, pending)[:, None].astype(np.int32)
             state, seen, drawn = generate_step(*fixed, state, tokens, sampling, key, seen, top=top)
             fresh = self._collect(drawn, ~finished)
-            stats.add(drawn.totals, prefill=False)
+            self._count(stats, drawn, before, prefill=False)
             stats.decode_seconds += time.perf_counter() - begun
             stats.steps += 1
             stats.new_tokens += len(fresh)
@@ -266,6 +277,14 @@ class Engine:
                 pending[token.sequence] = token.id
             yield state, fresh
             finished |= np.isin(pending, list(stop_ids))
+
+    def _count(self, stats: Stats, drawn: Drawn, before: int, *, prefill: bool) -> None:
+        stats.add(drawn.totals, prefill=prefill)
+        if self.link is None:
+            return
+        stats.link_bytes = self.link.stats().bytes - before
+        if prefill:
+            stats.prefill_link_bytes = stats.link_bytes
 
     def _collect(self, drawn: Drawn, active: np.ndarray) -> list[Token]:
         host = jax.device_get(drawn)

@@ -12,6 +12,7 @@ A matrix [rows, cols] maps an activation of `cols` channels to `rows`, in one of
 Scales begin at a multiple of 64 bytes, and a quantised matrix takes a multiple of 64 bytes.
 """
 
+import contextlib
 import dataclasses
 import math
 import mmap
@@ -168,13 +169,14 @@ class RecordLayout:
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Array of unspecified contents aligned like a record, so that JAX need not copy it.
 
-    Large ones ask for huge pages, which halve the time of walking through them.
+    Large ones ask for huge pages: reading weights once is then limited by memory, not by addresses.
     """
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
     if size >= HUGE_FROM and hasattr(mmap, "MADV_HUGEPAGE"):
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        pages.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel may be built without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
         return np.frombuffer(pages, dtype).reshape(shape)
     raw = np.empty(size + RECORD_ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % RECORD_ALIGNMENT

@@ -4,7 +4,7 @@ import os
 import pathlib
 from typing import Any
 
-from moejax import allocator, decode, devices, orbax_directory, tiers
+from moejax import allocator, decode, devices, orbax_directory, tiers, warm
 from moejax.checkpoints import convert, gguf_file, gguf_model, headers, hf
 from moejax.checkpoints.rules import WeightMap
 from moejax.config import ModelConfig, read_config_json
@@ -108,7 +108,7 @@ def load(
         max_batch=batch if memory is not None or host_memory is not None else None,
         link=opened,
         tier=str(over) if over else None,
-        residency_file=None if residency_file is None else pathlib.Path(residency_file),
+        residency_file=warm.checked_path(residency_file),
     )
 
 

@@ -128,6 +128,7 @@ class Runtime:
 
         Raises:
             InputError: ids out of range, or more tokens than the context.
+            LinkError: expert records did not arrive.
         """
         tokens = np.asarray(tokens)
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
@@ -138,6 +139,7 @@ class Runtime:
         parts = []
         for chunk in decode.chunks(rows):
             state, out = self.decode_step(state, chunk, all_logits=True)
+            decode.check_arrived(self.store, out)
             parts.append(np.asarray(out.logits))
         logits = np.concatenate(parts, axis=1)
         short = tokens.shape[1] - logits.shape[1]

@@ -101,6 +101,7 @@ class StepTrace:
     weights: jax.Array  # [L, N, K] f32, router weights as used
     needed: jax.Array  # [L] i32, distinct experts needed
     hits: jax.Array  # [L] i32, of those, resident when the layer began
+    late: jax.Array  # [L] i32, of the hits, those whose record was still to come over a link
     fetched: jax.Array  # [L] i32, missing records copied into slots
     prefetched: jax.Array  # [L] i32, records copied ahead for a later layer, while in this one
     host: jax.Array  # [L] i32, experts computed on the host

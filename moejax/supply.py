@@ -90,6 +90,13 @@ class Supply:
         capacity = tables.usable(residency, self.experts, self.policy.capacity)
         return tables.layer_slots(residency, self.layer, self.experts, capacity)
 
+    def late(self, shelf: Shelf) -> jax.Array:
+        """[E] which experts have a slot whose record is still to come."""
+        if shelf.arriving is None:
+            return jnp.zeros(self.experts, bool)
+        slots = self.slots(shelf.residency)
+        return (slots >= 0) & shelf.arriving[slots]
+
     def ids(self) -> jax.Array:
         """[E] ids of the layer's experts."""
         return self.layer * self.experts + jnp.arange(self.experts, dtype=jnp.int32)

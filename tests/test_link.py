@@ -11,7 +11,7 @@ from test_exactness import CONTEXT, prompts_of, run
 from test_prediction import with_predictor
 
 from moejax import decode
-from moejax.errors import BudgetError, PolicyError
+from moejax.errors import BudgetError, LinkError, PolicyError
 from moejax.kernels import build as native
 from moejax.kernels.transport import Status, Store
 from moejax.models.transformer import Decoder
@@ -114,6 +114,22 @@ def test_a_failed_read_makes_no_numbers_and_loses_nothing(model, tmp_path):
             tokens = jnp.argmax(out.logits, -1).astype(jnp.int32)[:, None]
 
 
+def test_a_prompt_that_failed_half_way_is_no_prompt(model, tmp_path):
+    """A later chunk would do without what the failed one should have taken in."""
+    records = np.asarray(model.store.records)
+    path = tmp_path / "bank"
+    options = {"data_offset": 0, "record_bytes": records[0].nbytes, "records": len(records)}
+    path.write_bytes(records.tobytes())
+    with Store.open_disk(path, **options) as link:
+        linked = behind(model, link)
+        fixed = (linked.model, linked.policy, linked.params, linked.store)
+        state = decode.init_state(*fixed[:2], linked.store, slots=4, context=CONTEXT)
+        with open(path, "r+b") as file:
+            file.truncate(records[0].nbytes)
+        with pytest.raises(LinkError, match="SHORT_READ"):
+            decode.prefill(*fixed, state, [np.arange(20, dtype=np.int32)], chunk=8)
+
+
 def test_what_a_disk_cannot_do_is_refused(model, tmp_path):
     records = np.asarray(model.store.records)
     (tmp_path / "bank").write_bytes(records.tobytes())
@@ -130,7 +146,7 @@ def test_what_a_disk_cannot_do_is_refused(model, tmp_path):
 
 
 def test_the_pool_is_not_copied(model):
-    """Neither bytes accessed nor scratch grow with the slots."""
+    """Scratch does not grow with the slots."""
     records = np.asarray(model.store.records)
     with Store.open_paced(records, gigabytes_per_second=1.0, latency_us=0) as link:
         linked = with_kernels(behind(model, link), "native")

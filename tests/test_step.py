@@ -10,6 +10,8 @@ from conftest import build, small_config
 
 from moejax import decode, devices
 from moejax.errors import InputError
+from moejax.kernels import build as native
+from moejax.models.transformer import Decoder
 
 
 def compiled(built, slots, tokens, context=128, **options):
@@ -139,8 +141,12 @@ def test_tokens_of_another_shape_are_refused(small):
             decode.decode_step(*fixed, state, np.zeros(shape, np.int32))
 
 
-def test_a_sequence_that_outgrows_the_cache_has_no_numbers(small):
-    fixed = (small.model, small.policy, small.params, small.store)
+@pytest.mark.parametrize("kernels", ["reference", "native"])
+def test_a_sequence_that_outgrows_the_cache_has_no_numbers(small, kernels):
+    if kernels == "native" and native.library() is None:
+        pytest.skip(native.status())
+    model = Decoder(small.config, small.model.dtype, None, kernels)
+    fixed = (model, small.policy, small.params, small.store)
     state = decode.init_state(*fixed[:2], small.store, slots=16, batch=2, context=128)
     state, _, _ = decode.prefill(*fixed, state, [np.zeros(127, np.int32), np.zeros(3, np.int32)])
     found = []

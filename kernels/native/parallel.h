@@ -71,7 +71,7 @@ struct Loop {
 // than a small matrix to read, so a worker that has run out of work watches for a while.
 class Notice {
  public:
-  // How many workers are watching that have not been counted on yet.
+  // How many workers watch for this loop.
   int64_t publish(const std::shared_ptr<Loop>& loop) {
     lock();
     loop_ = loop;
@@ -80,10 +80,11 @@ class Notice {
     return watching_.load(std::memory_order_relaxed);
   }
 
-  // Works on announced loops until none has come for a while.
+  // Works on announced loops until none has come for a while, or the pool has waited long enough.
   void linger() {
     uint64_t seen = epoch_.load(std::memory_order_acquire);
     watching_.fetch_add(1, std::memory_order_relaxed);
+    const auto last = Clock::now() + kLongest;
     auto deadline = Clock::now() + kLinger;
     for (int spins = 0;; ++spins) {
       const uint64_t now = epoch_.load(std::memory_order_acquire);
@@ -93,7 +94,9 @@ class Notice {
         std::shared_ptr<Loop> loop = loop_;
         unlock();
         if (loop) loop->work();
-        deadline = Clock::now() + kLinger;
+        const auto time = Clock::now();
+        if (time > last) break;
+        deadline = time + kLinger;
       } else if (spins % 64 == 0 && Clock::now() > deadline) {
         break;
       }
@@ -104,7 +107,7 @@ class Notice {
 
  private:
   using Clock = std::chrono::steady_clock;
-  static constexpr std::chrono::microseconds kLinger{100};
+  static constexpr std::chrono::microseconds kLinger{100}, kLongest{5000};
 
   void lock() {
     while (locked_.test_and_set(std::memory_order_acquire)) pause();

@@ -157,7 +157,8 @@ def _attend_cache(
             kv.values,
             layer,
             span.positions,
-            span.valid,
+            # What lies beyond the cache was not written and is given no numbers in the end.
+            span.valid & (span.positions < kv.keys.shape[2]),
             window,
             scale=config.attention_scale,
         )
