@@ -1,7 +1,8 @@
 """How moejax compares with transformers and llama.cpp on the same weights, in turn.
 
-Claim:     decoding takes no longer per token than llama.cpp at the same bits, and transformers
-           takes at least 2.6 times as long; prompts are processed at least as fast.
+Claim:     decoding takes no longer per token than llama.cpp (without its repacked weights) at the
+           same bits, and transformers takes at least 2.6 times as long; prompts are processed at
+           least as fast as by llama.cpp.
 Command:   python -m experiments.peers_cpu MODEL --gguf DIR --llama-python PYTHON \\
                --out experiments/results/peers_cpu.json
            MODEL comes from `experiments.random_model`, DIR from `peers_llama.py convert`.
