@@ -21,8 +21,9 @@ def load_model(terminal: Terminal, model: str, **options: Any) -> Any:
 
     if gpu_memory() is None and options.get("kernels") != "reference":
         with terminal.status("preparing the native kernels (compiled once, in about a minute)"):
-            if build.library() is None:
+            if build.library() is None and not options.get("kernels"):
                 terminal.note(build.status())
+                options["kernels"] = "reference"
     with terminal.progress(f"loading {model}") as report:
         return load(model, progress=report, **options)
 

@@ -1,5 +1,7 @@
 """Where things live: memory kinds, the memory budget, and the compilation cache."""
 
+import functools
+import logging
 import math
 import os
 import pathlib
@@ -92,9 +94,18 @@ def kernels(name: str | None) -> str:
         raise InputError(f"{name} kernels are for {'GPUs' if on_cpu else 'CPUs'}: leave them out")
     if name == "reference" or not on_cpu:
         return name or "reference"
-    if build.library() is None and name == "native":
+    if build.library() is not None:
+        return "native"
+    if name == "native":
         raise InputError(build.status())
-    return "reference" if build.library() is None else "native"
+    _notice(build.status())
+    return "reference"
+
+
+@functools.cache
+def _notice(text: str) -> None:
+    """Say it once per process, on stderr unless the program has set up logging."""
+    logging.getLogger("moejax").warning(text)
 
 
 def store_sharding(on_device: bool) -> jax.sharding.SingleDeviceSharding:

@@ -65,7 +65,7 @@ def load(
             "pallas" (for GPUs, not confirmed on one yet).
         check_records: compare the checksum of every record read from a disk.
         residency_file: which experts were resident at the end of the last run; read if it exists,
-            so that this one starts warm, and written after each generation.
+            so that this one starts warm, and written when a generation ends.
         progress: called with (bytes read, bytes in all).
 
     Raises:

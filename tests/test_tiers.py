@@ -188,3 +188,15 @@ def test_an_orbax_directory_is_not_read_over_a_link(tmp_path, resident):
     assert ids(paced.generate([PROMPT], 12)) == resident
     with pytest.raises(InputError, match="Orbax"):
         moejax.load(made, slots=64, context=128, link="disk")
+
+
+def test_without_native_kernels_one_notice_says_so(tmp_path):
+    program = "import moejax\nfor _ in range(2):\n    print(moejax.load('tiny').model.kernels)"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MOEJAX_NATIVE": "0"},
+    )
+    assert done.stdout.split() == ["reference", "reference"]
+    assert done.stderr.count("MOEJAX_NATIVE=0") == 1
