@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from moejax.kernels import reference
+from moejax.kernels import notice, reference
 from moejax.kernels.reference import (
     Blocks,
     combine,
@@ -83,8 +83,9 @@ def experts(
     rows: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Expert FFN of the blocks whose expert has a record; others keep the rows they have."""
-    how, _ = choose(source)
+    how, reason = choose(source)
     if how == "reference":
+        notice.once(f"experts run in plain XLA, not in Pallas: {reason}")
         return reference.experts(layout, source, index, blocks, x, rows)
     from moejax.kernels import pallas_experts
 

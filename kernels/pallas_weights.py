@@ -174,30 +174,24 @@ INT8 = """{
     fma.rn.bf16x2 $0, c, one, e;
     fma.rn.bf16x2 $1, d, one, f;
 }"""
-LOW_NIBBLE = """{
+NIBBLE = """{
     .reg .b32 a, b, c, d, one, less;
     mov.b32 one, 0x3f803f80;
     mov.b32 less, 0xc308c308;
     prmt.b32 a, $2, 0, 0x4140;
-    prmt.b32 b, $2, 0, 0x4342;
+    prmt.b32 b, $2, 0, 0x4342;%s
     lop3.b32 c, a, 0x000f000f, 0x43004300, 0xea;
     lop3.b32 d, b, 0x000f000f, 0x43004300, 0xea;
     fma.rn.bf16x2 $0, c, one, less;
     fma.rn.bf16x2 $1, d, one, less;
 }"""
-HIGH_NIBBLE = """{
-    .reg .b32 a, b, c, d, one, less;
-    mov.b32 one, 0x3f803f80;
-    mov.b32 less, 0xc308c308;
-    prmt.b32 a, $2, 0, 0x4140;
-    prmt.b32 b, $2, 0, 0x4342;
+LOW_NIBBLE = NIBBLE % ""
+HIGH_NIBBLE = (
+    NIBBLE
+    % """
     shr.b32 a, a, 4;
-    shr.b32 b, b, 4;
-    lop3.b32 c, a, 0x000f000f, 0x43004300, 0xea;
-    lop3.b32 d, b, 0x000f000f, 0x43004300, 0xea;
-    fma.rn.bf16x2 $0, c, one, less;
-    fma.rn.bf16x2 $1, d, one, less;
-}"""
+    shr.b32 b, b, 4;"""
+)
 
 
 def _integers(bits: jax.Array, code: str, interpret: bool) -> jax.Array:

@@ -20,7 +20,7 @@ def load_model(terminal: Terminal, model: str, **options: Any) -> Any:
     from moejax.loading import load
 
     if gpu_memory() is None and options.get("kernels") != "reference":
-        with terminal.status("preparing the native kernels (compiled once, in about a minute)"):
+        with terminal.status("preparing the native kernels (compiled once)"):
             if build.library() is None and not options.get("kernels"):
                 terminal.note(build.status())
                 options["kernels"] = "reference"

@@ -1,7 +1,5 @@
 """Where things live: memory kinds, the memory budget, and the compilation cache."""
 
-import functools
-import logging
 import math
 import os
 import pathlib
@@ -14,7 +12,7 @@ from moejax import decode
 from moejax.config import ModelConfig
 from moejax.errors import BudgetError, InputError
 from moejax.generate import generate_step
-from moejax.kernels import NAMES, build
+from moejax.kernels import NAMES, build, notice
 from moejax.kernels.transport import Store
 from moejax.layout import BITS
 from moejax.models.shapes import held_parameters
@@ -98,14 +96,8 @@ def kernels(name: str | None) -> str:
         return "native"
     if name == "native":
         raise InputError(build.status())
-    _notice(build.status())
+    notice.once(build.status())
     return "reference"
-
-
-@functools.cache
-def _notice(text: str) -> None:
-    """Say it once per process, on stderr unless the program has set up logging."""
-    logging.getLogger("moejax").warning(text)
 
 
 def store_sharding(on_device: bool) -> jax.sharding.SingleDeviceSharding:

@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from moejax import kernels
-from moejax import residency as tables
 from moejax.eviction import Access
 from moejax.kernels.transport import Kind
 from moejax.policy import Policy
 from moejax.prediction import Gate, View
 from moejax.routing import Routing
 from moejax.state import ExpertCache, ExpertStore, PolicyMemory, pytree
-from moejax.supply import Moved, Shelf, Supply
+from moejax.supply import Moved, Shelf, Supply, layer_slots
 
 
 @pytree
@@ -51,8 +50,7 @@ class LayerTrace:
 
 def resident(policy: Policy, cache: ExpertCache, layer: jax.Array, experts: int) -> jax.Array:
     """[E] which experts of a layer are resident, as routers see it."""
-    capacity = tables.usable(cache.residency, experts, policy.capacity)
-    return tables.layer_slots(cache.residency, layer, experts, capacity) >= 0
+    return layer_slots(policy, cache.residency, layer, experts) >= 0
 
 
 def access(layer: Layer) -> Access:
@@ -94,7 +92,8 @@ def apply(
     used = access(layer)
     memory = dataclasses.replace(memory, evictor=policy.evictor.observe(memory.evictor, used))
     keys = policy.evictor.keys(memory.evictor, layer.index)
-    supply = Supply.of(policy, store, cache, layer.index, layer.experts)
+    virtual = cache.pool.shape[0] == 0
+    supply = Supply(policy, store, layer.index, layer.experts, virtual)
     shelf = supply.open(cache)
     y, shelf, trace = _mixture(supply, shelf, keys, layer, used)
     if policy.predictor.horizon:

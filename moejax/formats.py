@@ -1,9 +1,7 @@
 """Which weights are quantised, and how those that are lie in arrays of bytes."""
 
-import math
-
 from moejax.errors import InputError
-from moejax.layout import BITS, GROUPS, QUANTISED, MatrixLayout
+from moejax.layout import GROUPS, QUANTISED, MatrixLayout
 
 QUANTS = ("int8", "int4")
 # Linear maps: every other dense parameter stays a float. The router decides which experts run and
@@ -60,8 +58,3 @@ def matrix_layout(shape: tuple[int, ...], format: str) -> MatrixLayout:
 def held_shape(shape: tuple[int, ...], format: str) -> tuple[int, ...]:
     """Shape in which a parameter is held: a quantised [..., rows, cols] is u8 [..., bytes]."""
     return (*shape[:-2], matrix_layout(shape, format).bytes) if format in QUANTISED else shape
-
-
-def held_bytes(shape: tuple[int, ...], format: str) -> int:
-    """Bytes in which a parameter is held."""
-    return math.prod(held_shape(shape, format)) * BITS[format].itemsize

@@ -118,10 +118,10 @@ class Stats:
         return moved * self.record_bytes / self.steps
 
     def add(self, totals: Totals | None, *, prefill: bool) -> None:
-        """Count one step."""
+        """Count one step, whose totals are on the host."""
         if totals is None:
             return
-        counted = jax.device_get(totals)
+        counted = totals
         self.fetched += int(counted.fetched)
         self.prefetched += int(counted.prefetched)
         self.host += int(counted.host)
@@ -249,11 +249,11 @@ class Engine:
         stats.prompt_tokens += sum(len(p) for p in prompts)
         for tokens in chunks(prompts):
             state, seen, drawn = generate_step(*fixed, state, tokens, sampling, key, seen, top=top)
-            self._count(stats, drawn, before, prefill=True)
+            drawn = self._taken(drawn, stats, before, prefill=True)
             size = tokens.shape[1]
             ends = [done < len(p) <= done + size for p in prompts]
             done += size
-            first = self._collect(drawn, np.array(ends))
+            first = _collect(drawn, np.array(ends))
             for token in first:
                 pending[token.sequence] = token.id
             if all(len(p) <= done for p in prompts):
@@ -268,8 +268,8 @@ class Engine:
             begun = time.perf_counter()
             tokens = np.where(finished, -1, pending)[:, None].astype(np.int32)
             state, seen, drawn = generate_step(*fixed, state, tokens, sampling, key, seen, top=top)
-            fresh = self._collect(drawn, ~finished)
-            self._count(stats, drawn, before, prefill=False)
+            drawn = self._taken(drawn, stats, before, prefill=False)
+            fresh = _collect(drawn, ~finished)
             stats.decode_seconds += time.perf_counter() - begun
             stats.steps += 1
             stats.new_tokens += len(fresh)
@@ -278,33 +278,36 @@ class Engine:
             yield state, fresh
             finished |= np.isin(pending, list(stop_ids))
 
-    def _count(self, stats: Stats, drawn: Drawn, before: int, *, prefill: bool) -> None:
-        stats.add(drawn.totals, prefill=prefill)
-        if self.link is None:
-            return
-        stats.link_bytes = self.link.stats().bytes - before
-        if prefill:
-            stats.prefill_link_bytes = stats.link_bytes
-
-    def _collect(self, drawn: Drawn, active: np.ndarray) -> list[Token]:
-        host = jax.device_get(drawn)
-        if host.totals is not None and host.totals.failure:
-            why = self.link.last_error() if self.link else f"status {int(host.totals.failure)}"
+    def _taken(self, drawn: Drawn, stats: Stats, before: int, *, prefill: bool) -> Drawn:
+        """What a step chose, on the host and counted; LinkError if it was not made."""
+        drawn = jax.device_get(drawn)
+        if drawn.totals is not None and drawn.totals.failure:
+            why = self.link.last_error() if self.link else f"status {int(drawn.totals.failure)}"
             raise LinkError(f"expert records did not arrive: {why}; the step was not made")
-        if (host.bad & active).any():
-            raise NonFiniteError(
-                "the logits hold NaN or infinity; check the weights (`moejax inspect --verify`) or "
-                "run in float32"
-            )
-        return [
-            Token(
-                sequence=int(i),
-                id=int(host.token[i]),
-                logprob=float(host.logprob[i]),
-                top_logprobs=tuple(
-                    (int(t), float(v))
-                    for t, v in zip(host.top_token[i], host.top_logprob[i], strict=True)
-                ),
-            )
-            for i in np.flatnonzero(active)
-        ]
+        stats.add(drawn.totals, prefill=prefill)
+        if self.link is not None:
+            stats.link_bytes = self.link.stats().bytes - before
+            if prefill:
+                stats.prefill_link_bytes = stats.link_bytes
+        return drawn
+
+
+def _collect(drawn: Drawn, active: np.ndarray) -> list[Token]:
+    """The tokens of the active sequences; NonFiniteError for NaN or infinity in their logits."""
+    if (drawn.bad & active).any():
+        raise NonFiniteError(
+            "the logits hold NaN or infinity; check the weights (`moejax inspect --verify`) or "
+            "run in float32"
+        )
+    return [
+        Token(
+            sequence=int(i),
+            id=int(drawn.token[i]),
+            logprob=float(drawn.logprob[i]),
+            top_logprobs=tuple(
+                (int(t), float(v))
+                for t, v in zip(drawn.top_token[i], drawn.top_logprob[i], strict=True)
+            ),
+        )
+        for i in np.flatnonzero(active)
+    ]

@@ -72,9 +72,10 @@ def load(
         MoejaxError: a subclass that says what to do.
     """
     _check_arguments(dtype, slots, device_memory, host_memory, batch)
-    over = None if link is None else tiers.parse_link(link)
+    over, residency_file = tiers.parse_link(link), warm.checked_path(residency_file)
     devices.use_compilation_cache()
     source = source_path(path_or_name)
+    directory = source.parent if gguf_file.is_gguf(source) else source
     config = config_from_hf(read_config(source))
     quant = _quantised(source, quant_format(quant, group))
     memory = None if device_memory is None else parse_bytes(device_memory)
@@ -82,7 +83,6 @@ def load(
     chosen = named_policy(policy) if config.moe_layers else None
     context = decode.checked_context(config, context)
     model = Decoder(config, dtype, quant, devices.kernels(kernels))
-    directory = source.parent if gguf_file.is_gguf(source) else source
     total = config.num_moe_layers * config.num_experts
     if memory is not None:
         slots = devices.slots_for(model, chosen, memory, context, batch)
@@ -108,7 +108,7 @@ def load(
         max_batch=batch if memory is not None or host_memory is not None else None,
         link=opened,
         tier=str(over) if over else None,
-        residency_file=warm.checked_path(residency_file),
+        residency_file=residency_file,
     )
 
 

@@ -22,7 +22,7 @@ HostMemory = Annotated[
     str | None,
     typer.Option(
         help="Budget for the model in memory, without a GPU: what does not fit stays on the disk. "
-        "The process takes about 0.5 GiB beside it. Not with --slots."
+        "The process itself takes up to 640 MiB beside it. Not with --slots."
     ),
 ]
 Link = Annotated[

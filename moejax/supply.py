@@ -52,6 +52,12 @@ class Moved:
         )
 
 
+def layer_slots(policy: Policy, residency: Residency, layer: jax.Array, experts: int) -> jax.Array:
+    """[E] slots of a layer's experts, -1 = absent."""
+    capacity = tables.usable(residency, experts, policy.capacity)
+    return tables.layer_slots(residency, layer, experts, capacity)
+
+
 @dataclasses.dataclass(frozen=True)
 class Supply:
     """The supply of one layer's experts under a policy."""
@@ -60,14 +66,7 @@ class Supply:
     store: ExpertStore
     layer: jax.Array  # [] i32
     experts: int  # E
-    virtual: bool  # weights are read in place
-
-    @classmethod
-    def of(
-        cls, policy: Policy, store: ExpertStore, cache: ExpertCache, layer: jax.Array, experts: int
-    ) -> "Supply":
-        """For a layer, given the cache before it."""
-        return cls(policy, store, layer, experts, cache.pool.shape[0] == 0)
+    virtual: bool  # weights are read in place: the cache has no pool
 
     def open(self, cache: ExpertCache) -> Shelf:
         """The shelf that passes work on."""
@@ -87,8 +86,7 @@ class Supply:
 
     def slots(self, residency: Residency) -> jax.Array:
         """[E] slots of the layer's experts, -1 = absent."""
-        capacity = tables.usable(residency, self.experts, self.policy.capacity)
-        return tables.layer_slots(residency, self.layer, self.experts, capacity)
+        return layer_slots(self.policy, residency, self.layer, self.experts)
 
     def late(self, shelf: Shelf) -> jax.Array:
         """[E] which experts have a slot whose record is still to come."""
@@ -136,7 +134,7 @@ class Supply:
         if shelf.arriving is None:
             return shelf
         slots = self.slots(shelf.residency)
-        wanted = wanted & ((slots < 0) | shelf.arriving[slots])
+        wanted = wanted & ((slots < 0) | self.late(shelf))
         first, count = _first(wanted[order])
         token = transport.request(self.store.link, self.ids()[order][first], count, kind, after)
         return dataclasses.replace(shelf, arriving=_behind(shelf.arriving, token))
@@ -180,7 +178,7 @@ class Supply:
     ) -> tuple[Shelf, jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
         """Experts that are there run while others move; those run a few at a time, as they come."""
         layout, ids = self.store.layout, self.ids()
-        late = run & shelf.arriving[slots]
+        late = run & self.late(shelf)
         index = jnp.where(run & ~late, slots, -1)
         source, rows = kernels.experts(layout, shelf.source, index, plan, x, rows)
 

@@ -41,8 +41,10 @@ class Link:
         return f"paced:{self.gigabytes_per_second:g},{self.latency_us:g}"
 
 
-def parse_link(text: str) -> Link:
+def parse_link(text: str | None) -> Link | None:
     """The link that "disk" or "paced:GB_PER_S,LATENCY_US" names; InputError for anything else."""
+    if text is None:
+        return None
     kind, _, numbers = text.partition(":")
     if text == "disk":
         return Link("disk")

@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import pathlib
-import tempfile
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ import numpy as np
 
 from moejax import kernels
 from moejax.checkpoints.headers import parse_json, read_small
+from moejax.checkpoints.resumable import write_small
 from moejax.errors import CheckpointError
 from moejax.state import DecodeState, ExpertStore, Residency
 
@@ -42,9 +42,7 @@ def save(path: str | os.PathLike, runtime: Any, state: DecodeState) -> None:
     owner = np.asarray(state.experts.residency.owner)
     document = _about(runtime) | {"resident": owner[owner >= 0].tolist()}
     try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(document, file)
-        os.replace(file.name, path)
+        write_small(path, json.dumps(document).encode())
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
 

@@ -266,7 +266,6 @@ def test_decoding_equals_the_reference(monkeypatch):
     np.testing.assert_allclose(got, want, atol=2e-2 * np.abs(want).max(), rtol=0)
 
 
-@pytest.mark.skipif("pallas" not in kernels.NAMES, reason="kernels.using does not know it yet")
 def test_gpu_suite_runs_without_a_gpu(tmp_path):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "experiments.gpu_suite", "--quick", "--out", str(tmp_path)]
