@@ -24,7 +24,7 @@ THREADS = 4  # reads at the same time
 # At most what a process holds beside a budget: the interpreter, JAX, programs, compiling them.
 PROCESS_BYTES = 640 * 2**20
 NO_GPU = "links and host_memory are for machines without a GPU: use device_memory"
-FORMS = 'link must be "disk" or "paced:GB_PER_S,LATENCY_US", such as "paced:2,100"'
+FORMS = 'link must be "disk" or "paced:GB_PER_S,LATENCY_US[,HOST_US]", such as "paced:2,100"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,27 +34,33 @@ class Link:
     kind: str  # "disk" or "paced"
     gigabytes_per_second: float = 0.0  # of a paced link
     latency_us: float = 0.0
+    host_us: float = 0.0  # the least time of one expert computed on the host beside it
 
     def __str__(self) -> str:
         if self.kind == "disk":
             return "disk"
-        return f"paced:{self.gigabytes_per_second:g},{self.latency_us:g}"
+        numbers = [self.gigabytes_per_second, self.latency_us]
+        if self.host_us:
+            numbers.append(self.host_us)
+        return "paced:" + ",".join(repr(float(x)).removesuffix(".0") for x in numbers)
 
 
 def parse_link(text: str | None) -> Link | None:
-    """The link that "disk" or "paced:GB_PER_S,LATENCY_US" names; InputError for anything else."""
+    """The link that "disk" or "paced:GB_PER_S,LATENCY_US[,HOST_US]" names, or InputError."""
     if text is None:
         return None
     kind, _, numbers = text.partition(":")
     if text == "disk":
         return Link("disk")
     try:
-        rate, latency = (float(number) for number in numbers.split(","))
+        rate, latency, *more = (float(number) for number in numbers.split(","))
+        [host] = more or [0.0]
     except ValueError:
         raise InputError(f"{FORMS}; not {text!r:.80}") from None
-    if kind != "paced" or not 0 < rate < float("inf") or not 0 <= latency < 1e9:
+    known = kind == "paced" and 0 < rate < float("inf")
+    if not known or not 0 <= latency < 1e9 or not 0 <= host < 1e9:
         raise InputError(f"{FORMS}; not {text!r:.80}")
-    return Link("paced", rate, latency)
+    return Link("paced", rate, latency, host)
 
 
 def check(link: Link | None, model: Decoder, virtual: bool) -> None:
@@ -87,7 +93,10 @@ def open_link(
     if link.kind == "paced":
         records = np.asarray(records)
         store = Store.open_paced(
-            records, gigabytes_per_second=link.gigabytes_per_second, latency_us=link.latency_us
+            records,
+            gigabytes_per_second=link.gigabytes_per_second,
+            latency_us=link.latency_us,
+            host_us=link.host_us,
         )
         return store, records
     bank = open_bank(source / convert.BANK)

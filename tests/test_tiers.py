@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -13,7 +15,7 @@ import moejax
 from moejax import cli, devices, tiers
 from moejax.checkpoints import convert
 from moejax.errors import BudgetError, CheckpointError, InputError, LinkError
-from moejax.kernels import build
+from moejax.kernels import build, transport
 
 if build.library() is None:
     pytest.skip(build.status(), allow_module_level=True)
@@ -40,6 +42,8 @@ def ids(completions):
         ("disk", tiers.Link("disk")),
         ("paced:2,100", tiers.Link("paced", 2.0, 100.0)),
         ("paced:0.5,0", tiers.Link("paced", 0.5, 0.0)),
+        ("paced:2,100,0", tiers.Link("paced", 2.0, 100.0)),
+        ("paced:0.1,1234567.25,33.3", tiers.Link("paced", 0.1, 1234567.25, 33.3)),
     ],
 )
 def test_links_are_named(text, link):
@@ -48,11 +52,23 @@ def test_links_are_named(text, link):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "tape", "disk:1", "paced", "paced:2", "paced:0,1", "paced:nan,1", "paced:1,-1"]
+    "text",
+    ["", "tape", "disk:1", "paced", "paced:2", "paced:0,1", "paced:nan,1", "paced:1,-1"]
+    + ["paced:1,1,", "paced:1,1,-1", "paced:1,1,nan", "paced:1,1,1e9", "paced:1,1,1,1"],
 )
 def test_other_links_are_refused(text):
     with pytest.raises(InputError, match="paced:2,100"):
         tiers.parse_link(text)
+
+
+def test_a_paced_link_states_the_time_of_an_expert_on_the_host():
+    link, records = tiers.parse_link("paced:1,0,3000"), np.ones((4, 64), np.uint8)
+    store, _ = tiers.open_link(link, pathlib.Path(), records, False)
+    with store:
+        for count in (0, 2):  # the first compiles
+            token = transport.host_begin(store.handle, jnp.zeros(1))
+            transport.host_end(store.handle, count, token).block_until_ready()
+        assert store.stats().host_us >= 2 * 3000
 
 
 @pytest.mark.parametrize("link", ["disk", "paced:4,10"])

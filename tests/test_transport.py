@@ -5,6 +5,7 @@ import functools
 import subprocess
 import sys
 import threading
+import time
 import zlib
 
 import hypothesis.extra.numpy as hnp
@@ -330,12 +331,13 @@ def test_what_does_not_exist_is_a_status(opened):
 @given(
     rate=st.sampled_from([0.05, 1.0, 50.0]),
     latency=st.sampled_from([0.0, 3.0, 500.0]),
+    jitter=st.sampled_from([0.0, 20.0, 800.0]),
     seed=st.integers(0, 100),
 )
-def test_bytes_do_not_depend_on_the_link(rate, latency, seed):
+def test_bytes_do_not_depend_on_the_link(rate, latency, jitter, seed):
     records = make_records()
     rng = np.random.default_rng(seed)
-    link = {"gigabytes_per_second": rate, "latency_us": latency}
+    link = {"gigabytes_per_second": rate, "latency_us": latency, "jitter_us": jitter, "seed": seed}
     with Store.open_paced(records, buffers=3, **link) as store:
         for _ in range(4):
             slots, experts = rng.permutation(8)[:4], rng.permutation(40)[:4]
@@ -344,6 +346,160 @@ def test_bytes_do_not_depend_on_the_link(rate, latency, seed):
             pool, status = move(store, fresh_pool(), slots, experts)
             np.testing.assert_array_equal(pool, expected_pool(records, slots, experts))
             assert status[0] == Status.OK
+
+
+def busy(moves, **link):
+    """Microseconds that a paced link counts for the commits of `moves`, and records landed."""
+    records = make_records()
+    with Store.open_paced(records, **link) as store:
+        for experts in moves:
+            move(store, fresh_pool(), range(len(experts)), experts)
+        stats = store.stats()
+        return stats.busy_us, stats.landed
+
+
+def test_a_paced_link_is_busy_as_long_as_it_moves_records():
+    link = {"gigabytes_per_second": 4.096, "latency_us": 20.7}  # 21.7 us for each record
+    assert busy([[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]], **link) == (217, 10)
+    link["gigabytes_per_second"] = 0.4096
+    assert busy([[1, 2, 3], [4]], **link) == (122, 4)
+
+
+def test_jitter_follows_its_seed():
+    link = {"gigabytes_per_second": 4.096, "latency_us": 0.0}
+    moves = [range(8)] * 40
+    one, other = (busy(moves, jitter_us=50.0, seed=seed, **link)[0] for seed in (1, 2**64 - 1))
+    assert one == busy(moves, jitter_us=50.0, seed=1, **link)[0] != other
+    # 320 times 1 us and anything below 50 us: 8320 us on average, with a deviation of 258 us.
+    assert 7500 < one < 9100 and 7500 < other < 9100
+
+
+def test_jitter_delays_a_record():
+    records = make_records()
+    link = {"gigabytes_per_second": 4.096, "jitter_us": 20_000.0}
+    with Store.open_paced(records, **link) as store:
+        pool, _ = move(store, fresh_pool(), [], [])  # compiled
+        start = time.monotonic()
+        _, status = move(store, jnp.asarray(pool), range(4), range(4))
+        waited = (time.monotonic() - start) * 1e6
+        assert store.stats().busy_us > 4 and waited >= store.stats().busy_us
+        assert status[0] == Status.OK
+
+
+def test_a_disk_is_busy_no_longer_than_time_passes(tmp_path):
+    records = make_records(8, 2**21)
+    arguments = write(tmp_path / "bank", records)
+    start = time.monotonic()
+    with Store.open_disk(tmp_path / "bank", threads=2, **arguments) as store:
+        ask(store, range(8))
+        while (stats := store.stats()).landed < 8:
+            pass
+    assert 0 < stats.busy_us <= (time.monotonic() - start) * 1e6
+
+
+def host(store, count, after=NOW):
+    """Begin and end `count` experts on the host."""
+    token = transport.host_begin(store.handle, after)
+    assert token.tolist() == [Status.OK]
+    token = transport.host_end(store.handle, count, token)
+    assert token.tolist() == [Status.OK]
+
+
+def test_experts_on_the_host_are_counted(opened):
+    _, open_store = opened
+    with open_store() as store:
+        host(store, 3)
+        host(store, 2)
+        stats = store.stats(reset=True)
+        assert stats.host_experts == 5 and stats.host_us >= 0
+        assert (store.stats().host_us, store.stats().host_experts) == (0, 0)
+        host(store, 0)  # nothing computed, nothing to count
+        host(store, -1)
+        assert transport.host_end(store.handle, 4, NOW) == Status.OK  # never begun
+        assert (store.stats().host_us, store.stats().host_experts) == (0, 0)
+        transport.host_begin(store.handle, NOW).block_until_ready()
+        host(store, 1)
+        assert transport.host_end(store.handle, 1, NOW) == Status.OK  # ended already
+        assert store.stats().host_experts == 1
+    token = transport.host_begin(store.handle, NOW)
+    assert token == transport.host_end(store.handle, 1, token) == Status.NO_STORE
+
+
+def test_the_host_takes_its_time():
+    with Store.open_paced(make_records(), gigabytes_per_second=1.0, host_us=4000) as store:
+        host(store, 0)  # compiled
+        start = time.monotonic()
+        host(store, 5)
+        assert time.monotonic() - start >= 0.02
+        stats = store.stats(reset=True)
+        assert stats.host_us / stats.host_experts >= 4000
+        token = transport.host_begin(store.handle, NOW).block_until_ready()
+        time.sleep(0.05)
+        transport.host_end(store.handle, 1, token).block_until_ready()
+        assert store.stats().host_us >= 50_000  # work counts, not only waiting
+
+
+def test_a_beginning_without_an_end_delays_nothing(opened):
+    records, open_store = opened
+    with open_store() as store:
+        transport.host_begin(store.handle, NOW).block_until_ready()
+        ask(store, [3])
+        pool, status = move(store, fresh_pool(), [0], [3])
+        np.testing.assert_array_equal(pool, expected_pool(records, [0], [3]))
+        assert status[0] == Status.OK and store.stats().host_experts == 0
+
+
+def test_closing_lets_the_host_finish():
+    @jax.jit
+    def run(handle):
+        token = transport.host_begin(handle, NOW)
+        token = transport.request(handle, ids([1]), 1, Kind.PREFETCH, token)
+        return transport.host_end(handle, 1, token)
+
+    store = Store.open_paced(make_records(), gigabytes_per_second=1.0, host_us=100_000)
+    ended = run(-1)  # compiled
+    assert ended == Status.NO_STORE
+    start = time.monotonic()
+    thread = threading.Thread(target=lambda: run(store.handle).block_until_ready())
+    thread.start()
+    while store.stats().requested == 0:
+        pass
+    time.sleep(0.01)
+    store.close()
+    assert time.monotonic() - start >= 0.1
+    thread.join()
+
+
+def test_the_host_works_while_the_link_does():
+    """Every call of a step follows the one whose result it takes."""
+    slots = ids([0, 1, 2, 3])
+
+    def step(handle, pool, x, rounds):
+        def one(carry, experts):
+            pool, x = carry
+            token = transport.request(handle, experts, 4, Kind.PREFETCH, x)
+            token = transport.host_begin(handle, token)
+            x = jnp.where(token[0] == Status.OK, x, 0) @ x
+            token = transport.host_end(handle, 2, x)
+            pool, status = transport.commit(handle, pool, slots, experts, 4, token)
+            return (pool, x + status[0]), status
+
+        return jax.lax.scan(one, (pool, x), rounds)
+
+    records = make_records()
+    rounds = np.random.default_rng(0).permutation(40).reshape(10, 4)
+    swap = jnp.asarray([[0.0, 1.0], [1.0, 0.0]])
+    # Records take 8 ms at most and the host 10 ms: they have arrived when it ends.
+    link = {"gigabytes_per_second": 4.0, "latency_us": 1000, "jitter_us": 900}
+    with Store.open_paced(records, host_us=5000, **link) as store:
+        run = jax.jit(step, donate_argnums=1)
+        (pool, x), status = run(store.handle, fresh_pool(4), swap, ids(rounds))
+        np.testing.assert_array_equal(pool, records[rounds[-1]])
+        np.testing.assert_array_equal(x, np.eye(2))
+        np.testing.assert_array_equal(status, [[Status.OK, 4, 0, 4]] * 10)
+        stats = store.stats()
+        assert stats.host_experts == 20 and stats.host_us >= 20 * 5000
+        assert stats.stall_us == 0 and stats.prefetched == 40
 
 
 def decode(store, pool, residency, sequence):
@@ -471,6 +627,14 @@ def test_bad_arguments(tmp_path):
     for bad in ({"gigabytes_per_second": 0.0}, {"gigabytes_per_second": 1.0, "latency_us": -1}):
         with pytest.raises(ValueError, match="rate"):
             Store.open_paced(make_records(), **bad)
+    for bad in ({"host_us": -1}, {"host_us": float("inf")}, {"jitter_us": float("nan")}):
+        with pytest.raises(ValueError, match="host"):
+            Store.open_paced(make_records(), gigabytes_per_second=1.0, **bad)
+    for seed in (-1, 2**64):
+        with pytest.raises(ValueError, match="seed"):
+            Store.open_paced(make_records(), gigabytes_per_second=1.0, seed=seed)
+    with pytest.raises(ValueError, match="count"):
+        transport.host_end(1, ids([1]), NOW)
     with pytest.raises(ValueError, match="contiguous"):
         Store.open_paced(make_records()[:, ::2], gigabytes_per_second=1.0)
     with pytest.raises(ValueError, match="slots"):

@@ -67,6 +67,7 @@ class DiskStore final : public Store {
   CommitResult commit(const std::vector<Placement>& placements, const Copier& copy) override;
 
  private:
+  void advance() override;
   void wake() override { work_.notify_all(); }
   void stop();
   void read_loop();
@@ -91,7 +92,7 @@ class DiskStore final : public Store {
   Alignment alignment_;
   std::deque<Read> slot_reads_;
   int32_t active_ = 0;
-  int64_t active_since_ = 0;
+  int64_t active_since_ = 0;  // ns; from when on it is not in the statistics
   bool stopping_ = false;
   std::condition_variable work_;
   std::condition_variable done_;
@@ -139,6 +140,13 @@ void DiskStore::stop() {
   for (std::thread& reader : readers_) reader.join();
 }
 
+void DiskStore::advance() {
+  if (active_ == 0) return;
+  const int64_t busy_us = (clock_ns() - active_since_) / 1000;
+  stats_.busy_us += busy_us;
+  active_since_ += busy_us * 1000;
+}
+
 void DiskStore::read_loop() {
   std::unique_ptr<Mapping> bounce;
   std::deque<Read> batch;
@@ -152,7 +160,8 @@ void DiskStore::read_loop() {
     lock.unlock();
     read_batch(&batch, &bounce, &message);
     lock.lock();
-    if (--active_ == 0) stats_.busy_us += (clock_ns() - active_since_) / 1000;
+    advance();
+    --active_;
     if (!message.empty()) last_error_.swap(message);
     message.clear();
     finish(batch);

@@ -1,35 +1,25 @@
 // Records in memory behind a link of a stated rate and latency.
 #include <algorithm>
-#include <chrono>
 #include <deque>
-#include <thread>
+#include <random>
 
 #include "store.h"
 
 namespace moejax {
 namespace {
 
-constexpr double kLongestNs = 1e18;  // of a transfer: times must not overflow
-constexpr int64_t kSpinNs = 50'000;  // a sleeping thread wakes up to this much late
-
-void sleep_until(int64_t time) {
-  const int64_t left = time - clock_ns() - kSpinNs;
-  if (left > 0) std::this_thread::sleep_for(std::chrono::nanoseconds(left));
-  while (clock_ns() < time) {
-  }
-}
-
 // Records in memory that arrive as over a serial link of a given rate. Nothing moves before a
 // commit copies it: the link is a calculation, brought up to date whenever it is used, so it costs
 // no thread and its times do not depend on when a thread wakes.
 class PacedStore final : public Store {
  public:
-  PacedStore(const char* base, int64_t record_bytes, int32_t records, int32_t buffers,
-             double gigabytes_per_second, double latency_us)
-      : Store(record_bytes, records, buffers),
-        base_(base),
-        transfer_ns_(static_cast<int64_t>(
-            std::min(kLongestNs, latency_us * 1e3 + record_bytes / gigabytes_per_second))) {}
+  explicit PacedStore(const PacedOptions& options)
+      : Store(options.record_bytes, options.records, options.buffers, options.host_us),
+        base_(options.base),
+        transfer_ns_(std::min(kLongestNs, options.latency_us * 1e3 +
+                                              record_bytes_ / options.gigabytes_per_second)),
+        jitter_ns_(std::min(kLongestNs, options.jitter_us * 1e3)),
+        random_(options.seed) {}
   CommitResult commit(const std::vector<Placement>& placements, const Copier& copy) override;
 
  private:
@@ -42,14 +32,22 @@ class PacedStore final : public Store {
   int64_t begin(int64_t requested);
 
   const char* const base_;
-  const int64_t transfer_ns_;
+  const double transfer_ns_;
+  const double jitter_ns_;
+  std::mt19937_64 random_;
   int64_t free_ = 0;                // ns; when the link has done what it has begun
+  int64_t busy_ns_ = 0;             // not yet in the statistics, less than a microsecond
   std::deque<Transfer*> demanded_;  // by waiting commits, without a landing buffer
 };
 
 int64_t PacedStore::begin(int64_t requested) {
-  free_ = std::max(free_, requested) + transfer_ns_;
-  stats_.busy_us += transfer_ns_ / 1000;
+  double transfer = transfer_ns_;
+  if (jitter_ns_ > 0) transfer += jitter_ns_ * static_cast<double>(random_() >> 11) * 0x1p-53;
+  const int64_t taken = static_cast<int64_t>(transfer);
+  free_ = std::max(free_, requested) + taken;
+  busy_ns_ += taken;
+  stats_.busy_us += busy_ns_ / 1000;
+  busy_ns_ %= 1000;
   ++stats_.landed;
   stats_.bytes += record_bytes_;
   return free_;
@@ -133,10 +131,8 @@ CommitResult PacedStore::commit(const std::vector<Placement>& placements, const 
 
 }  // namespace
 
-std::shared_ptr<Store> open_paced(const char* base, int64_t record_bytes, int32_t records,
-                                 int32_t buffers, double gigabytes_per_second, double latency_us) {
-  return std::make_shared<PacedStore>(base, record_bytes, records, buffers, gigabytes_per_second,
-                                      latency_us);
+std::shared_ptr<Store> open_paced(const PacedOptions& options) {
+  return std::make_shared<PacedStore>(options);
 }
 
 }  // namespace moejax

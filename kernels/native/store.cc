@@ -1,6 +1,7 @@
 // What all stores share: the table of landing buffers, checksums, and the handles of open stores.
 #include "store.h"
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <cstring>
@@ -12,6 +13,8 @@
 
 namespace moejax {
 namespace {
+
+constexpr int64_t kSpinNs = 150'000;  // a sleeping thread wakes up to this much late
 
 struct Registry {
   std::mutex mutex;
@@ -65,6 +68,13 @@ int64_t clock_ns() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(
              std::chrono::steady_clock::now().time_since_epoch())
       .count();
+}
+
+void sleep_until(int64_t time) {
+  const int64_t left = time - clock_ns() - kSpinNs;
+  if (left > 0) std::this_thread::sleep_for(std::chrono::nanoseconds(left));
+  while (clock_ns() < time) {  // a thread that yields to a busy one is back milliseconds late
+  }
 }
 
 std::shared_ptr<Store> find_store(int32_t handle) {
@@ -184,8 +194,11 @@ void LandingTable::cancel(const bool* keep, Stats* stats) {
   }
 }
 
-Store::Store(int64_t record_bytes, int32_t records, int32_t buffers)
-    : record_bytes_(record_bytes), records_(records), table_(records, buffers) {}
+Store::Store(int64_t record_bytes, int32_t records, int32_t buffers, double host_us)
+    : record_bytes_(record_bytes),
+      records_(records),
+      host_us_(host_us),
+      table_(records, buffers) {}
 
 void Store::request(const int32_t* experts, int32_t count, Kind kind) {
   std::lock_guard<std::mutex> lock(mutex_);
@@ -212,6 +225,23 @@ void Store::cancel(const bool* keep) {
   std::lock_guard<std::mutex> lock(mutex_);
   advance();
   table_.cancel(keep, &stats_);
+}
+
+void Store::host_begin() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  host_since_ = clock_ns();
+}
+
+void Store::host_end(int64_t count) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  const int64_t since = host_since_;
+  host_since_ = 0;
+  if (since == 0 || count <= 0) return;
+  lock.unlock();  // requests and commits go on meanwhile
+  sleep_until(since + static_cast<int64_t>(std::min(kLongestNs, count * host_us_ * 1e3)));
+  lock.lock();
+  stats_.host_us += (clock_ns() - since) / 1000;
+  stats_.host_experts += count;
 }
 
 Stats Store::read_stats(bool reset) {
@@ -252,14 +282,15 @@ MOEJAX_EXPORT int32_t moejax_store_open_disk(const char* path, int64_t data_offs
 
 MOEJAX_EXPORT int32_t moejax_store_open_paced(const char* base, int64_t record_bytes,
                                               int32_t records, int32_t buffers,
-                                              double gigabytes_per_second, double latency_us) {
+                                              double gigabytes_per_second, double latency_us,
+                                              double host_us, double jitter_us, uint64_t seed) {
   return moejax::enter([&] {
-    return moejax::open_paced(base, record_bytes, records, buffers, gigabytes_per_second,
-                              latency_us);
+    return moejax::open_paced({base, record_bytes, records, buffers, gigabytes_per_second,
+                               latency_us, host_us, jitter_us, seed});
   });
 }
 
-// Waits for the reads under way; commits that use the store finish first, since the caller may
+// Waits for the reads under way; calls that use the store finish first, since the caller may
 // then free the memory that a paced store reads.
 MOEJAX_EXPORT void moejax_store_close(int32_t handle) {
   std::shared_ptr<moejax::Store> store;

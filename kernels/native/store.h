@@ -25,7 +25,7 @@ enum Error : int32_t {
 
 enum class Kind : int32_t { kDemand = 0, kPrefetch = 1 };
 
-// What a store has done since it was opened or reset; mirrored by `StoreStats` in transport.py.
+// What a store has done since it was opened or reset; mirrored by `StoreStats` in store.py.
 struct Stats {
   int64_t requested = 0;   // reads asked for, those that were landed or under way not counted
   int64_t landed = 0;      // records read, into landing buffers or slots
@@ -40,6 +40,8 @@ struct Stats {
   int64_t errors = 0;      // records that could not be delivered
   int64_t busy_us = 0;     // time with at least one read under way
   int64_t stall_us = 0;    // time that commits waited
+  int64_t host_us = 0;     // time between host_begin and host_end, where experts were computed
+  int64_t host_experts = 0;  // experts computed between them
   int64_t direct = 0;      // 1 = the file is read around the page cache
 };
 
@@ -110,7 +112,7 @@ class LandingTable {
 // Thread-safe. `request` and `cancel` never wait for the link.
 class Store {
  public:
-  Store(int64_t record_bytes, int32_t records, int32_t buffers);
+  Store(int64_t record_bytes, int32_t records, int32_t buffers, double host_us = 0);
   virtual ~Store() = default;
 
   void request(const int32_t* experts, int32_t count, Kind kind);
@@ -118,20 +120,28 @@ class Store {
   // Fills every slot with its record, read now if need be; with zeros where that fails.
   virtual CommitResult commit(const std::vector<Placement>& placements, const Copier& copy) = 0;
 
+  // The host computes experts from now on, whatever it began before.
+  void host_begin();
+  // It has computed `count` of them. Returns when it may have: host_us each after it began.
+  void host_end(int64_t count);
+
   Stats read_stats(bool reset);
   std::string last_error();
   int64_t record_bytes() const { return record_bytes_; }
   int32_t records() const { return records_; }
 
  protected:
-  // Called with the lock held, before and after the table changes.
+  // Called with the lock held: `advance` before the table changes or statistics are read, `wake`
+  // after.
   virtual void advance() {}
   virtual void wake() {}
   void settle(const CommitResult& result);
 
   const int64_t record_bytes_;
   const int32_t records_;
+  const double host_us_;  // least time of one expert on the host
   std::mutex mutex_;
+  int64_t host_since_ = 0;  // ns; 0 = not computing
   LandingTable table_;
   Stats stats_;
   std::string last_error_;
@@ -148,13 +158,28 @@ struct DiskOptions {
   const uint32_t* checksums;  // CRC-32 of each record, or null; copied
 };
 
+struct PacedOptions {
+  const char* base;  // of the records, not copied
+  int64_t record_bytes;
+  int32_t records;
+  int32_t buffers;
+  double gigabytes_per_second;
+  double latency_us;
+  double host_us;
+  double jitter_us;  // each record takes up to this much longer
+  uint64_t seed;     // of how much
+};
+
 // Both throw std::runtime_error.
 std::shared_ptr<Store> open_disk(const DiskOptions& options);
-std::shared_ptr<Store> open_paced(const char* base, int64_t record_bytes, int32_t records,
-                                 int32_t buffers, double gigabytes_per_second, double latency_us);
+std::shared_ptr<Store> open_paced(const PacedOptions& options);
+
+constexpr double kLongestNs = 1e18;  // of a transfer or of work: times must not overflow
 
 // Monotonic time.
 int64_t clock_ns();
+// Returns then or a few microseconds later: sleeps at first, but not to the end.
+void sleep_until(int64_t time);
 
 // CRC-32 of zlib.
 uint32_t crc32(const void* data, size_t bytes);

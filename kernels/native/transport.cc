@@ -237,6 +237,20 @@ ffi::Error commit(ffi::ThreadPool threads, Int handle, Bytes pool, Ints slots, I
   return ffi::Error::Success();
 }
 
+ffi::Error host_begin(Int handle, ffi::AnyBuffer, Result<Ints> token) {
+  const auto store = find_store(handle.typed_data()[0]);
+  token->typed_data()[0] = store ? kNone : kNoStore;
+  if (store) store->host_begin();
+  return ffi::Error::Success();
+}
+
+ffi::Error host_end(Int handle, Int count, ffi::AnyBuffer, Result<Ints> token) {
+  const auto store = find_store(handle.typed_data()[0]);
+  token->typed_data()[0] = store ? kNone : kNoStore;
+  if (store) store->host_end(count.typed_data()[0]);
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace moejax
 
@@ -296,3 +310,9 @@ MOEJAX_HANDLER(moejax_commit, moejax::commit,
                    .Arg<ffi::AnyBuffer>()
                    .Ret<Bytes>()
                    .Ret<Ints>());
+
+MOEJAX_HANDLER(moejax_host_begin, moejax::host_begin,
+               ffi::Ffi::Bind().Arg<Int>().Arg<ffi::AnyBuffer>().Ret<Ints>());
+
+MOEJAX_HANDLER(moejax_host_end, moejax::host_end,
+               ffi::Ffi::Bind().Arg<Int>().Arg<Int>().Arg<ffi::AnyBuffer>().Ret<Ints>());
