@@ -32,7 +32,12 @@ class Evictor(Protocol):
         ...
 
     def keys(self, memory: Any, layer: jax.Array) -> jax.Array:
-        """[L * E] keys, all of one dtype: the smallest among the evictable slots leaves first."""
+        """[L * E] keys, all of one dtype: the smallest among the evictable slots leaves first.
+
+        Args:
+            memory: observed up to and with the running layer.
+            layer: whose expert the slot is for: the running layer's, or a later one's (prefetch).
+        """
         ...
 
 
