@@ -16,7 +16,7 @@ from moejax.config import ModelConfig, Rope, RouterRule
 from moejax.models.transformer import Decoder
 from moejax.placement import FetchAll, HostAll
 from moejax.policy import Policy, policy
-from moejax.routing import Routing
+from moejax.routing import Routing, Scored
 from moejax.state import ExpertStore, pytree
 
 OVERLAPS = (0.35, 0.47)  # published shares of a token's experts that the next token uses again
@@ -61,22 +61,28 @@ class Scripted:
     """A router that chooses given experts with equal weights, the same ones in every layer."""
 
     picks: jax.Array  # [K] i32
+    low_bit = False
 
     @property
     def exact(self) -> bool:
         """False: scores are ignored."""
         return False
 
-    def route(
-        self, rule: RouterRule, top_k: int, scores: jax.Array, resident: jax.Array, valid: jax.Array
-    ) -> Routing:
+    def init(self, num_layers: int, num_experts: int) -> None:
+        """Nothing to remember."""
+        del num_layers, num_experts
+
+    def route(self, memory: None, seen: Scored) -> tuple[Routing, None]:
         """The given experts for every token."""
-        tokens = scores.shape[0]
+        del memory
+        tokens, top_k = seen.scores.shape[0], seen.top_k
+        picks = jnp.broadcast_to(self.picks, (tokens, top_k))
         return Routing(
-            expert=jnp.broadcast_to(self.picks, (tokens, top_k)),
+            expert=picks,
             weight=jnp.full((tokens, top_k), 1 / top_k, jnp.float32),
+            exact=picks,
             replaced_mass=jnp.zeros(tokens, jnp.float32),
-        )
+        ), None
 
 
 def script(steps: int, config: ModelConfig, overlap: float, seed: int = 0) -> np.ndarray:

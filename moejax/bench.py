@@ -17,10 +17,10 @@ import numpy as np
 
 from moejax.decode import chunks
 from moejax.errors import InputError
-from moejax.generate import Stats
 from moejax.measure import StreamRead
 from moejax.runtime import Runtime
 from moejax.sampling import Sampling
+from moejax.stats import Stats
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,18 +42,20 @@ def step(
     *,
     all_logits: bool = False,
     scores: bool = False,
+    prefill: bool | None = None,
 ) -> tuple[DecodeState, StepOutput]:
     """`decode_step` without jit, for use inside larger jitted programs."""
     batch = state.length.shape[0]
     if tokens.ndim != 2 or tokens.shape[0] != batch or not tokens.size:
         raise InputError(f"tokens must be [{batch}, T] for this state, not {list(tokens.shape)}")
-    return model.apply(
-        {"params": params}, policy, store, state, tokens, all_logits=all_logits, scores=scores
-    )
+    how = {"all_logits": all_logits, "scores": scores, "prefill": prefill}
+    return model.apply({"params": params}, policy, store, state, tokens, **how)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "all_logits", "scores"), donate_argnames=("state",)
+    jax.jit,
+    static_argnames=("model", "all_logits", "scores", "prefill"),
+    donate_argnames=("state",),
 )
 def decode_step(
     model: Decoder,
@@ -65,6 +67,7 @@ def decode_step(
     *,
     all_logits: bool = False,
     scores: bool = False,
+    prefill: bool | None = None,
 ) -> tuple[DecodeState, StepOutput]:
     """Process tokens [B, T] i32 and return the new state and the logits; donates `state`.
 
@@ -78,8 +81,11 @@ def decode_step(
         policy: how experts are chosen, kept and fetched; its numbers may change freely.
         all_logits: return [B, T, V] instead of the last token's [B, V].
         scores: keep the full router scores [L, N, E] in the trace.
+        prefill: whether the tokens are a prompt's, which most lossy routers leave to the model's
+            own; by default if T > 1.
     """
-    return step(model, policy, params, store, state, tokens, all_logits=all_logits, scores=scores)
+    how = {"all_logits": all_logits, "scores": scores, "prefill": prefill}
+    return step(model, policy, params, store, state, tokens, **how)
 
 
 def checked_context(config: ModelConfig, context: int | None) -> int:
@@ -160,6 +166,8 @@ def init_state(
     config = model.config
     cache = memory = None
     if config.num_moe_layers:
+        if policy.router.low_bit and store.low is None:
+            raise PolicyError("this router runs low-bit copies of experts: load with low_bits")
         if policy.placement.uses_host and jax.default_backend() != "cpu":
             raise PolicyError("this placement computes experts on the host: run it on a CPU")
         if policy.placement.uses_host and store.records is None:
@@ -168,7 +176,8 @@ def init_state(
                 "choose one that fetches, or load without a budget for host memory"
             )
         cache = init_cache(config, store, slots, virtual=virtual, per_layer=per_layer)
-        memory = policy.init(config.num_moe_layers, config.num_experts)
+        # Copied: a state that holds one array twice cannot be donated.
+        memory = jax.tree.map(jnp.copy, policy.init(config.num_moe_layers, config.num_experts))
     state = DecodeState(
         kv=init_kv(config, batch, context, model.dtype),
         experts=cache,

@@ -1,18 +1,20 @@
 """One layer's experts under a budget: fetch misses, compute, prefetch for a later layer."""
 
 import dataclasses
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from moejax import kernels
+from moejax import forecast, kernels
 from moejax.eviction import Access
 from moejax.kernels.transport import Kind
+from moejax.placement import Demand
 from moejax.policy import Policy
-from moejax.prediction import Gate, View
+from moejax.prediction import Ahead, View
 from moejax.routing import Routing
-from moejax.state import ExpertCache, ExpertStore, PolicyMemory, pytree
+from moejax.state import ExpertCache, ExpertStore, PolicyMemory, pytree, static
 from moejax.supply import Moved, Shelf, Supply, layer_slots
 
 
@@ -23,14 +25,21 @@ class Layer:
     index: jax.Array  # [] i32, among the layers with experts
     hidden: jax.Array  # [N, D] f32, residual stream
     x: jax.Array  # [N, D] f32, its norm
+    shared: jax.Array | None  # [N, D] f32, output of the shared expert
     scores: jax.Array  # [N, E] f32
     routing: Routing
     valid: jax.Array  # [N] bool
+    prefill: bool = static(default=False)
 
     @property
     def experts(self) -> int:
         """E."""
         return self.scores.shape[1]
+
+    @property
+    def picks(self) -> jax.Array:
+        """[N, K] i32 experts to run, -1 where there is none."""
+        return jnp.where(self.valid[:, None], self.routing.expert, -1)
 
 
 @pytree
@@ -43,9 +52,17 @@ class LayerTrace:
     fetched: jax.Array
     prefetched: jax.Array
     host: jax.Array
+    low: jax.Array
     passes: jax.Array
     stall: jax.Array
     failure: jax.Array
+    exact_needed: jax.Array
+    exact_hits: jax.Array
+    replaced: jax.Array
+    predicted: jax.Array
+    predicted_right: jax.Array
+    prefetch_used: jax.Array
+    forecast: jax.Array
 
 
 def resident(policy: Policy, cache: ExpertCache, layer: jax.Array, experts: int) -> jax.Array:
@@ -55,7 +72,7 @@ def resident(policy: Policy, cache: ExpertCache, layer: jax.Array, experts: int)
 
 def access(layer: Layer) -> Access:
     """What a layer uses, in the form evictors observe."""
-    picks = jnp.where(layer.valid[:, None], layer.routing.expert, layer.experts).reshape(-1)
+    picks = jnp.where(layer.picks >= 0, layer.picks, layer.experts).reshape(-1)
     positions = jnp.arange(picks.shape[0], dtype=jnp.int32)
     last = jnp.full(layer.experts, -1, jnp.int32).at[picks].max(positions, mode="drop")
     tokens = jnp.zeros(layer.experts, jnp.int32).at[picks].add(1, mode="drop")
@@ -71,7 +88,7 @@ def access(layer: Layer) -> Access:
 
 def first_use(layer: Layer) -> jax.Array:
     """[E] position of each expert's first use among the N * K picks; N * K if unused."""
-    picks = jnp.where(layer.valid[:, None], layer.routing.expert, layer.experts).reshape(-1)
+    picks = jnp.where(layer.picks >= 0, layer.picks, layer.experts).reshape(-1)
     positions = jnp.arange(picks.shape[0], dtype=jnp.int32)
     unused = jnp.full(layer.experts, picks.shape[0], jnp.int32)
     return unused.at[picks].min(positions, mode="drop")
@@ -83,90 +100,195 @@ def apply(
     cache: ExpertCache,
     memory: PolicyMemory,
     layer: Layer,
-    gate: Gate,
-) -> tuple[jax.Array, ExpertCache, PolicyMemory, LayerTrace]:
-    """Mixture of the routed experts [N, D] f32; fetches misses, in passes when slots are few."""
+    ahead: Ahead,
+    kv: Any = None,
+) -> tuple[jax.Array, ExpertCache, PolicyMemory, Any, LayerTrace]:
+    """Mixture of the routed experts [N, D] f32; fetches misses, in passes when slots are few.
+
+    `kv` goes through `ahead.attend` and is returned.
+    """
     chex.assert_rank([layer.x, layer.scores, layer.routing.expert, layer.valid], [2, 2, 2, 1])
     chex.assert_equal_shape_prefix([layer.x, layer.scores, layer.routing.expert, layer.valid], 1)
     chex.assert_type([layer.x, layer.scores], jnp.float32)
-    used = access(layer)
-    memory = dataclasses.replace(memory, evictor=policy.evictor.observe(memory.evictor, used))
-    keys = policy.evictor.keys(memory.evictor, layer.index)
     virtual = cache.pool.shape[0] == 0
     supply = Supply(policy, store, layer.index, layer.experts, virtual)
-    shelf = supply.open(cache)
-    y, shelf, trace = _mixture(supply, shelf, keys, layer, used)
-    if policy.predictor.horizon:
-        memory, shelf, prefetched = _prefetch(supply, shelf, memory, layer, used, gate)
-        trace = dataclasses.replace(trace, prefetched=prefetched)
-    return y, supply.close(cache, shelf), memory, trace
+    work = _Work(supply, ahead, layer, access(layer), cache)
+    memory = dataclasses.replace(memory, evictor=policy.evictor.observe(memory.evictor, work.used))
+    y, shelf, memory, kv, trace = work.run(memory, kv)
+    return y, supply.close(cache, shelf), memory, kv, trace
 
 
-def _mixture(
-    supply: Supply, shelf: Shelf, keys: jax.Array, layer: Layer, used: Access
-) -> tuple[jax.Array, Shelf, LayerTrace]:
-    policy, store = supply.policy, supply.store
-    order = jnp.argsort(first_use(layer)).astype(jnp.int32)
-    picks = jnp.where(layer.valid[:, None], layer.routing.expert, -1)
-    plan = kernels.plan(picks, layer.experts)
-    hits = used.needed & (supply.slots(shelf.residency) >= 0)
-    missing = used.needed & ~hits
-    late = supply.late(shelf)
-    rows = kernels.empty_rows(plan, layer.x.shape[1])
-    host = jnp.zeros_like(missing)
-    if policy.placement.uses_host:
-        host = missing & ~policy.placement.fetch(missing, used.tokens, layer.scores)
-    shelf = supply.request(shelf, used.needed & ~host, order, Kind.DEMAND, layer.x)
-    if policy.placement.uses_host:
-        index = jnp.where(host, supply.ids(), -1)
-        _, rows = kernels.experts(store.layout, store.records, index, plan, layer.x, rows)
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """One layer at work."""
 
-    def one_pass(carry: tuple) -> tuple:
-        pending, shelf, rows, moved, passes = carry
-        shelf, copies = supply.find(shelf, keys, pending, order)
-        shelf, rows, ran, cost = supply.compute(shelf, copies, pending, plan, layer.x, rows)
-        return pending & ~ran, shelf, rows, moved.add(copies.count, *cost), passes + 1
+    supply: Supply
+    ahead: Ahead
+    layer: Layer
+    used: Access
+    cache: ExpertCache  # as the layer begins
 
-    start = (used.needed & ~host, shelf, rows, Moved.none(), jnp.int32(0))
-    _, shelf, rows, moved, passes = jax.lax.while_loop(
-        lambda carry: carry[0].any(), one_pass, start
-    )
-    trace = LayerTrace(
-        needed=used.needed.sum(dtype=jnp.int32),
-        hits=hits.sum(dtype=jnp.int32),
-        late=(hits & late).sum(dtype=jnp.int32),
-        fetched=moved.records,
-        prefetched=jnp.int32(0),
-        host=host.sum(dtype=jnp.int32),
-        passes=passes,
-        stall=moved.stall,
-        failure=moved.failure,
-    )
-    return kernels.combine(plan, rows, layer.routing.weight), shelf, trace
+    def run(self, memory: PolicyMemory, kv: Any) -> tuple:
+        """Mixture, shelf, memory, KV cache and trace."""
+        supply, layer, used = self.supply, self.layer, self.used
+        policy, store = supply.policy, supply.store
+        shelf = supply.open(self.cache)
+        there, late = supply.slots(shelf.residency) >= 0, supply.late(shelf)
+        low = jnp.zeros_like(there) if layer.routing.low is None else layer.routing.low
+        fetchable = used.needed & ~low
+        host = self._host(fetchable & ~there, fetchable & there)
+        pending = fetchable & ~host
+        order = jnp.argsort(first_use(layer)).astype(jnp.int32)
+        plan = kernels.plan(layer.picks, layer.experts)
+        rows = kernels.empty_rows(plan, layer.x.shape[1])
+        memory, account = forecast.resolve(memory, layer.index, used.needed, there)
+        keys = forecast.protected(memory, policy.evictor.keys(memory.evictor, layer.index))
+        shelf = supply.forget(shelf, used.needed, layer.x)
+        shelf = supply.request(shelf, pending, order, Kind.DEMAND, layer.x)
+        if layer.routing.low is not None:
+            index = jnp.where(low, supply.ids(), -1)
+            source, layout = store.low.records, store.low.layout
+            _, rows = kernels.experts(layout, source, index, plan, layer.x, rows)
+        moved, prefetched = Moved.none(), jnp.int32(0)
+        if policy.predictor.horizon and not (layer.prefill and policy.predictor.attends):
+            shelf, copies = supply.find(shelf, keys, pending, order)
+            shelf, rows = supply.run(shelf, pending & there & ~late, plan, layer.x, rows)
+            pending = pending & (~there | late)
+            moved = moved.add(copies.count, jnp.int32(0), jnp.int32(0))
+            memory, shelf, kv, prefetched = self._prefetch(memory, shelf, kv, plan, rows)
+            shelf = supply.copy(shelf, copies, rows)
+        if policy.placement.uses_host:
+            rows = supply.on_host(host, plan, layer.x, rows)
+        shelf, rows, moved, passes = self._rest(shelf, keys, pending, order, plan, rows, moved)
+        y = kernels.combine(plan, rows, layer.routing.weight)
+        trace = self._trace(there, late, low, host, account, moved, prefetched, passes)
+        return y, shelf, memory, kv, trace
 
+    def _host(self, missing: jax.Array, hits: jax.Array) -> jax.Array:
+        """[E] which of the missing experts are computed on the host."""
+        placement, layer = self.supply.policy.placement, self.layer
+        if not placement.uses_host:
+            return jnp.zeros_like(missing)
+        tokens, experts = layer.scores.shape
+        picked = jnp.where(layer.picks >= 0, layer.picks, experts)
+        uses = jnp.zeros((tokens, experts), bool)
+        uses = uses.at[jnp.arange(tokens)[:, None], picked].set(True, mode="drop")
+        demand = Demand(
+            missing=missing,
+            hits=hits,
+            tokens=self.used.tokens,
+            score=jnp.where(uses, layer.scores, 0.0).max(axis=0),
+        )
+        return missing & ~placement.fetch(demand)
 
-def _prefetch(
-    supply: Supply, shelf: Shelf, memory: PolicyMemory, layer: Layer, used: Access, gate: Gate
-) -> tuple[PolicyMemory, Shelf, jax.Array]:
-    """Bring in what the predictor wants for a later layer, as far as there are evictable slots."""
-    policy = supply.policy
-    view = View(
-        layer=layer.index,
-        hidden=layer.hidden,
-        scores=layer.scores,
-        tokens=used.tokens,
-        valid=layer.valid,
-    )
-    predictor = policy.predictor.observe(memory.predictor, view)
-    memory = dataclasses.replace(memory, predictor=predictor)
-    shelf = supply.forget(shelf, layer.x)
-    ahead = layer.index + policy.predictor.horizon
-    target = jnp.minimum(ahead, shelf.residency.slot_of.shape[0] // layer.experts - 1)
-    priority = policy.predictor.wanted(predictor, view, target, gate)
-    useful = (ahead == target) & layer.valid.any() & policy.cutoff.allows(target)
-    wanted, order = (priority > 0) & useful, jnp.argsort(-priority).astype(jnp.int32)
-    keys = policy.evictor.keys(memory.evictor, target)
-    later = dataclasses.replace(supply, layer=target)
-    shelf, copies = later.find(shelf, keys, wanted, order)
-    shelf = later.deliver(shelf, copies, wanted, order, layer.x)
-    return memory, shelf, copies.count
+    def _rest(
+        self,
+        shelf: Shelf,
+        keys: jax.Array,
+        pending: jax.Array,
+        order: jax.Array,
+        plan: Any,
+        rows: jax.Array,
+        moved: Moved,
+    ) -> tuple[Shelf, jax.Array, Moved, jax.Array]:
+        """Run the experts `pending`, in as many passes over the slots as it takes."""
+        supply, x = self.supply, self.layer.x
+
+        def one_pass(carry: tuple) -> tuple:
+            pending, shelf, rows, moved, passes = carry
+            shelf, copies = supply.find(shelf, keys, pending, order)
+            shelf, rows, ran, cost = supply.compute(shelf, copies, pending, plan, x, rows)
+            return pending & ~ran, shelf, rows, moved.add(copies.count, *cost), passes + 1
+
+        start = (pending, shelf, rows, moved, jnp.int32(0))
+        _, *rest = jax.lax.while_loop(lambda carry: carry[0].any(), one_pass, start)
+        return tuple(rest)
+
+    def _prefetch(
+        self, memory: PolicyMemory, shelf: Shelf, kv: Any, plan: Any, rows: jax.Array
+    ) -> tuple[PolicyMemory, Shelf, Any, jax.Array]:
+        """Bring in what the predictor wants for a later layer, as far as slots may be taken."""
+        layer, policy, predictor = self.layer, self.supply.policy, self.supply.policy.predictor
+        ahead = layer.index + predictor.horizon
+        target = jnp.minimum(ahead, shelf.residency.slot_of.shape[0] // layer.experts - 1)
+        later = dataclasses.replace(self.supply, layer=target)
+        partial = layer.hidden + kernels.combine(plan, rows, layer.routing.weight)
+        if layer.shared is not None:
+            partial = partial + layer.shared
+        attended = None
+        if predictor.attends:
+            attended, kv = self.ahead.attend(partial, kv, layer.index, target)
+        view = View(
+            layer=layer.index,
+            hidden=layer.hidden,
+            x=layer.x,
+            shared=layer.shared,
+            partial=partial,
+            ahead=attended,
+            scores=layer.scores,
+            tokens=self.used.tokens,
+            missed=(self.used.needed & ~(self.supply.slots(self.cache.residency) >= 0)).any(),
+            resident=later.slots(shelf.residency) >= 0,
+            valid=layer.valid,
+            top_k=layer.picks.shape[1],
+        )
+        remembered = predictor.observe(memory.predictor, view)
+        memory = dataclasses.replace(memory, predictor=remembered)
+        priority = predictor.wanted(remembered, view, target, self.ahead)
+        useful = (ahead == target) & layer.valid.any() & policy.cutoff.allows(target)
+        wanted, order = (priority > 0) & useful, jnp.argsort(-priority).astype(jnp.int32)
+        shield = forecast.shield(memory, layer.index, self.used.needed)
+        wanted = later.within_room(shelf, wanted, order, shield)
+        keys = forecast.greatest(policy.evictor.keys(memory.evictor, target), shield)
+        shelf, copies = later.find(shelf, keys, wanted, order)
+        shelf = later.deliver(shelf, copies, wanted, order, layer.x)
+        capacity = later.capacity(shelf.residency)
+        memory = forecast.promise(memory, target, wanted, order, copies, capacity)
+        return memory, shelf, kv, copies.count
+
+    def _exact_picks(self) -> tuple[jax.Array, jax.Array]:
+        """[E] experts that the model's own router picks; also how many picks it makes in vain."""
+        layer, routing = self.layer, self.layer.routing
+        if self.supply.policy.router.exact:
+            return self.used.needed, jnp.int32(0)
+        picks = jnp.where(layer.valid[:, None], routing.exact, layer.experts)
+        exact = jnp.zeros_like(self.used.needed).at[picks].set(True, mode="drop")
+        made = (routing.exact[:, :, None] == routing.expert[:, None, :]).any(axis=-1)
+        return exact, (~made & layer.valid[:, None]).sum(dtype=jnp.int32)
+
+    def _trace(
+        self,
+        there: jax.Array,
+        late: jax.Array,
+        low: jax.Array,
+        host: jax.Array,
+        account: forecast.Account,
+        moved: Moved,
+        prefetched: jax.Array,
+        passes: jax.Array,
+    ) -> LayerTrace:
+        needed, (exact, replaced) = self.used.needed, self._exact_picks()
+        hits = needed & there & ~low
+
+        def count(chosen: jax.Array) -> jax.Array:
+            return chosen.sum(dtype=jnp.int32)
+
+        return LayerTrace(
+            needed=count(needed),
+            hits=count(hits),
+            late=count(hits & late),
+            fetched=moved.records,
+            prefetched=prefetched,
+            host=count(host),
+            low=count(low),
+            passes=passes,
+            stall=moved.stall,
+            failure=moved.failure,
+            exact_needed=count(exact),
+            exact_hits=count(exact & there),
+            replaced=replaced,
+            predicted=account.predicted,
+            predicted_right=account.right,
+            prefetch_used=account.used,
+            forecast=account.wanted,
+        )

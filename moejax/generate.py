@@ -10,13 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.decode import check_room, chunks, step, token_ids
+from moejax.decode import (
+    check_arrived,
+    check_room,
+    chunks,
+    decode_step,
+    rewind,
+    step,
+    token_ids,
+)
 from moejax.errors import InputError, LinkError, NonFiniteError
 from moejax.kernels.transport import Store
+from moejax.live import Costs, Drift, DriftBudget
 from moejax.models.transformer import Decoder
-from moejax.policy import Policy
+from moejax.policy import Policy, with_alpha
 from moejax.sampling import (
     Sampling,
+    divergence,
     mark_seen,
     nonfinite_rows,
     sample,
@@ -24,22 +34,8 @@ from moejax.sampling import (
     token_logprobs,
     top_logprobs,
 )
-from moejax.state import DecodeState, ExpertStore, StepOutput, StepTrace, pytree
-
-
-@pytree
-class Totals:
-    """Sums of a step's trace over layers; counts are experts."""
-
-    needed: jax.Array  # [] i32
-    hits: jax.Array  # [] i32
-    fetched: jax.Array  # [] i32
-    prefetched: jax.Array  # [] i32
-    host: jax.Array  # [] i32
-    replaced_mass: jax.Array  # [] f32
-    late: jax.Array  # [] i32
-    stall: jax.Array  # [] i32, microseconds
-    failure: jax.Array  # [] i32, the greatest of the layers'
+from moejax.state import DecodeState, ExpertStore, StepOutput, pytree
+from moejax.stats import Stats, Totals, totals_of
 
 
 @pytree
@@ -51,6 +47,7 @@ class Drawn:
     top_logprob: jax.Array  # [B, n] f32
     top_token: jax.Array  # [B, n] i32
     bad: jax.Array  # [B] bool, NaN or infinity in the logits
+    drift: jax.Array | None  # [B] f32, KL in nats from exact logits, if those were given
     totals: Totals | None
 
 
@@ -64,103 +61,14 @@ class Token:
     top_logprobs: tuple[tuple[int, float], ...]  # (token id, log-probability), likeliest first
 
 
-@dataclasses.dataclass
-class Stats:
-    """What a run cost. Counts are experts over all layers; times are seconds."""
-
-    record_bytes: int  # bytes of one expert's record
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    steps: int = 0  # decode steps, prefill not included
-    needed: int = 0  # expert uses in decode, per layer and step distinct
-    hits: int = 0
-    late: int = 0  # of `hits`: the expert had a slot, but its record was still to come over a link
-    prefill_needed: int = 0
-    prefill_hits: int = 0
-    fetched: int = 0  # missing records copied into slots, prefill included; counted if `virtual`
-    prefetched: int = 0  # records copied ahead of need, likewise
-    prefill_moved: int = 0  # of `fetched` and `prefetched`
-    host: int = 0  # experts computed on the host, prefill included
-    replaced_mass: float = 0.0
-    stall_seconds: float = 0.0  # of decode, waited for a link
-    link_bytes: int | None = None  # read or begun by the link since the run began, if there is one
-    prefill_link_bytes: int = 0  # of those
-    virtual: bool = False  # weights are read in place: nothing is copied
-    label: str = "bit-exact"  # or "faithful" (same routing, other rounding) or "lossy"
-    ttft: float | None = None
-    decode_seconds: float = 0.0
-
-    @property
-    def hit_rate(self) -> float | None:
-        """Share of decode's expert uses that found the expert resident."""
-        return self.hits / self.needed if self.needed else None
-
-    @property
-    def tpot(self) -> float | None:
-        """Seconds per decode step (time per output token of one sequence)."""
-        return self.decode_seconds / self.steps if self.steps else None
-
-    @property
-    def bytes_moved(self) -> int:
-        """Bytes moved into slots, as the link counts them; without a link, by records."""
-        if self.link_bytes is not None:
-            return self.link_bytes
-        return (self.fetched + self.prefetched) * self.record_bytes
-
-    @property
-    def bytes_per_step(self) -> float | None:
-        """Bytes copied per decode step."""
-        if not self.steps:
-            return None
-        if self.link_bytes is not None:
-            return (self.link_bytes - self.prefill_link_bytes) / self.steps
-        moved = self.fetched + self.prefetched - self.prefill_moved
-        return moved * self.record_bytes / self.steps
-
-    def add(self, totals: Totals | None, *, prefill: bool) -> None:
-        """Count one step, whose totals are on the host."""
-        if totals is None:
-            return
-        counted = totals
-        self.fetched += int(counted.fetched)
-        self.prefetched += int(counted.prefetched)
-        self.host += int(counted.host)
-        self.replaced_mass += float(counted.replaced_mass)
-        if prefill:
-            self.prefill_moved += int(counted.fetched) + int(counted.prefetched)
-            self.prefill_needed += int(counted.needed)
-            self.prefill_hits += int(counted.hits)
-        else:
-            self.needed += int(counted.needed)
-            self.hits += int(counted.hits)
-            self.late += int(counted.late)
-            self.stall_seconds += float(counted.stall) / 1e6
-
-    def as_dict(self) -> dict[str, Any]:
-        """All fields and derived figures, for JSON."""
-        names = ("hit_rate", "tpot", "bytes_moved", "bytes_per_step")
-        derived = {name: getattr(self, name) for name in names}
-        return dataclasses.asdict(self) | derived
-
-
-def _totals(trace: StepTrace | None) -> Totals | None:
-    if trace is None:
-        return None
-    return Totals(
-        needed=trace.needed.sum(),
-        hits=trace.hits.sum(),
-        fetched=trace.fetched.sum(),
-        prefetched=trace.prefetched.sum(),
-        host=trace.host.sum(),
-        replaced_mass=trace.replaced_mass.sum(),
-        late=trace.late.sum(),
-        stall=trace.stall.sum(),
-        failure=trace.failure.max(),
-    )
-
-
 def _draw(
-    out: StepOutput, length: jax.Array, sampling: Sampling, key: jax.Array, seen: Any, top: int
+    out: StepOutput,
+    length: jax.Array,
+    sampling: Sampling,
+    key: jax.Array,
+    seen: Any,
+    top: int,
+    exact: jax.Array | None,
 ) -> Drawn:
     numbers = jnp.arange(out.logits.shape[0], dtype=jnp.int32)
     token = sample(out.logits, sampling, sequence_keys(key, numbers, length), seen)
@@ -171,7 +79,8 @@ def _draw(
         top_logprob=values,
         top_token=ids,
         bad=nonfinite_rows(out.logits),
-        totals=_totals(out.trace),
+        drift=None if exact is None else divergence(exact, out.logits),
+        totals=totals_of(out.trace),
     )
 
 
@@ -186,17 +95,21 @@ def generate_step(
     sampling: Sampling,
     key: jax.Array,
     seen: jax.Array | None,
+    exact: jax.Array | None = None,
     *,
     top: int = 0,
 ) -> tuple[DecodeState, jax.Array | None, Drawn]:
     """Process tokens [B, T] (-1 = padding or a finished sequence) and draw the next ones.
 
     Donates `state` and `seen` [B, V], the mask of the repetition penalty (None without one).
+
+    Args:
+        exact: logits [B, V] of the model's own routing, to tell the drift from.
     """
     if seen is not None:
         seen = mark_seen(seen, jnp.maximum(tokens, 0), tokens >= 0)
     state, out = step(model, policy, params, store, state, tokens)
-    return state, seen, _draw(out, state.length, sampling, key, seen, top)
+    return state, seen, _draw(out, state.length, sampling, key, seen, top, exact)
 
 
 @dataclasses.dataclass
@@ -209,6 +122,7 @@ class Engine:
     store: ExpertStore | None
     context: int  # tokens per sequence
     link: Store | None = None  # of a store behind a link
+    drift: DriftBudget | None = None
 
     def tokens(
         self,
@@ -242,12 +156,15 @@ class Engine:
         check_room(state, [len(p) for p in prompts], max_new_tokens - 1, context=self.context)
         begun = time.perf_counter()
         key = jax.random.key(seed)
-        fixed = (self.model, self.policy, self.params, self.store)
+        policy, costs = self.policy, Costs(self.policy, self.link)
+        drift = self.drift and Drift(self.drift, policy)
+        stats.drift = drift and drift.stats
         pending = np.full(len(prompts), -1, np.int32)
         drawn, done = None, 0
         before = self.link.stats().bytes if self.link else 0
         stats.prompt_tokens += sum(len(p) for p in prompts)
         for tokens in chunks(prompts):
+            fixed = (self.model, policy, self.params, self.store)
             state, seen, drawn = generate_step(*fixed, state, tokens, sampling, key, seen, top=top)
             drawn = self._taken(drawn, stats, before, prefill=True)
             size = tokens.shape[1]
@@ -267,8 +184,18 @@ class Engine:
                 return
             begun = time.perf_counter()
             tokens = np.where(finished, -1, pending)[:, None].astype(np.int32)
-            state, seen, drawn = generate_step(*fixed, state, tokens, sampling, key, seen, top=top)
+            exact, fixed = None, (self.model, policy, self.params, self.store)
+            if drift and drift.due():
+                state, exact = self._probe(state, tokens, policy, stats)
+            state, seen, drawn = generate_step(
+                *fixed, state, tokens, sampling, key, seen, exact, top=top
+            )
             drawn = self._taken(drawn, stats, before, prefill=False)
+            if exact is not None:
+                policy = drift.learn(policy, drawn.drift[~finished])
+            if costs.active:
+                policy = costs.learn(policy)
+                stats.load_us, stats.host_us = costs.load_us, costs.host_us
             fresh = _collect(drawn, ~finished)
             stats.decode_seconds += time.perf_counter() - begun
             stats.steps += 1
@@ -277,6 +204,21 @@ class Engine:
                 pending[token.sequence] = token.id
             yield state, fresh
             finished |= np.isin(pending, list(stop_ids))
+
+    def _probe(
+        self, state: DecodeState, tokens: np.ndarray, policy: Policy, stats: Stats
+    ) -> tuple[DecodeState, jax.Array]:
+        """Make the step with the model's own routing, and take it back: only its logits stay."""
+        begun, length = time.perf_counter(), np.asarray(state.length)
+        state, out = decode_step(
+            self.model, with_alpha(policy, 0.0), self.params, self.store, state, tokens
+        )
+        check_arrived(self.store, out)
+        fetched = int((out.trace.fetched + out.trace.prefetched).sum())
+        stats.fetched += fetched
+        stats.drift.fetched += fetched
+        stats.drift.seconds += time.perf_counter() - begun
+        return rewind(state, length), out.logits
 
     def _taken(self, drawn: Drawn, stats: Stats, before: int, *, prefill: bool) -> Drawn:
         """What a step chose, on the host and counted; LinkError if it was not made."""

@@ -7,12 +7,19 @@ import jax
 import jax.numpy as jnp
 
 from moejax.errors import PolicyError
-from moejax.eviction import LRU, Evictor
-from moejax.placement import FetchAll, Placement
-from moejax.prediction import Cutoff, NoCutoff, NoPrediction, Predictor
-from moejax.routing import Router, TopK
+from moejax.eviction import Evictor
+from moejax.placement import Placement
+from moejax.prediction import (
+    Cutoff,
+    NextAttention,
+    NextResidual,
+    NoCutoff,
+    NoPrediction,
+    Predictor,
+)
+from moejax.routing import Router
 from moejax.speculation import NoSpeculation, Speculation
-from moejax.state import PolicyMemory, pytree
+from moejax.state import Forecast, PolicyMemory, pytree, static
 
 UNLIMITED = jnp.iinfo(jnp.int32).max
 
@@ -22,6 +29,9 @@ class Policy:
     """How experts are chosen, kept, fetched and prefetched, and how far tokens are drafted.
 
     Structure is static, every number is a leaf.
+
+    Raises:
+        PolicyError: a lossy part in a policy that `must_be_exact`, as the exact presets do.
     """
 
     router: Router
@@ -31,6 +41,14 @@ class Policy:
     predictor: Predictor = dataclasses.field(default_factory=NoPrediction)
     cutoff: Cutoff = dataclasses.field(default_factory=NoCutoff)
     speculation: Speculation = dataclasses.field(default_factory=NoSpeculation)
+    must_be_exact: bool = static(default=False)
+
+    def __post_init__(self) -> None:
+        if self.must_be_exact and not getattr(self.router, "exact", True):
+            raise PolicyError(
+                f"this policy is exact, and the router {type(self.router).__name__} is lossy: "
+                "say must_be_exact=False to measure its loss instead"
+            )
 
     @property
     def exact(self) -> bool:
@@ -39,23 +57,21 @@ class Policy:
 
     def init(self, num_layers: int, num_experts: int) -> PolicyMemory:
         """The policy's memory before the first token."""
+        none = jnp.zeros(num_layers * num_experts, bool)
         return PolicyMemory(
+            router=self.router.init(num_layers, num_experts),
             evictor=self.evictor.init(num_layers, num_experts),
             predictor=self.predictor.init(num_layers, num_experts),
             speculation=self.speculation.init(),
+            forecast=Forecast(wanted=none, fresh=none) if self.predictor.horizon else None,
         )
-
-
-def _lru() -> Policy:
-    return Policy(router=TopK(), evictor=LRU(), placement=FetchAll(), capacity=jnp.int32(UNLIMITED))
-
-
-_PRESETS = {"lru": _lru}
 
 
 def policy_names() -> list[str]:
     """Names accepted by `policy`, third-party ones (entry points `moejax.policies`) included."""
-    return sorted({*_PRESETS, *(p.name for p in _entry_points())})
+    from moejax.presets import PRESETS
+
+    return sorted({*PRESETS, *(p.name for p in _entry_points())})
 
 
 def _entry_points() -> importlib.metadata.EntryPoints:
@@ -65,16 +81,22 @@ def _entry_points() -> importlib.metadata.EntryPoints:
 def policy(name: str | Policy) -> Policy:
     """The preset of that name, or the given policy itself.
 
+    A name may be followed by numbers: "smoe:alpha=0.35,window=32".
+
     Raises:
-        PolicyError: no such policy (the message lists those that exist), or one that drafts.
+        PolicyError: no such policy (the message lists those that exist), no such number, or a
+            policy that drafts.
     """
+    from moejax.presets import PRESETS, build
+
     if isinstance(name, Policy):
         return _runnable(name)
-    if name in _PRESETS:
-        return _PRESETS[name]()
+    name, _, numbers = name.partition(":")
+    if name in PRESETS:
+        return build(name, PRESETS[name], numbers)
     for entry in _entry_points():
         if entry.name == name:
-            made = entry.load()()
+            made = build(name, entry.load(), numbers)
             if not isinstance(made, Policy):
                 raise PolicyError(f"policy {name!r} ({entry.value}) does not make a moejax.Policy")
             return _runnable(made)
@@ -88,3 +110,18 @@ def _runnable(policy: Policy) -> Policy:
             "leave its speculation at NoSpeculation()"
         )
     return policy
+
+
+def with_alpha(policy: Policy, alpha: float) -> Policy:
+    """The policy with this alpha in its router, and in its predictor if that prefetches top scores.
+
+    Raises:
+        PolicyError: the router has none.
+    """
+    if not hasattr(policy.router, "alpha"):
+        raise PolicyError(f"the router {type(policy.router).__name__} has no alpha")
+    alpha = jnp.float32(alpha)
+    parts = {"router": dataclasses.replace(policy.router, alpha=alpha)}
+    if isinstance(policy.predictor, NextAttention | NextResidual):
+        parts["predictor"] = dataclasses.replace(policy.predictor, alpha=alpha)
+    return dataclasses.replace(policy, **parts)

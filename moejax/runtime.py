@@ -12,12 +12,14 @@ import numpy as np
 from moejax import decode, devices, warm
 from moejax.config import ModelConfig
 from moejax.errors import BudgetError, InputError, TokenizerError
-from moejax.generate import Engine, Stats, Token
+from moejax.generate import Engine, Token
 from moejax.kernels.transport import Store
+from moejax.live import DriftBudget
 from moejax.models.transformer import Decoder
 from moejax.policy import Policy
 from moejax.sampling import Sampling, mark_seen, sampling_from
 from moejax.state import DecodeState, ExpertStore
+from moejax.stats import Stats
 from moejax.text import StopStrings, StreamDecoder, Tokenizer, eos_ids_from
 
 
@@ -173,6 +175,7 @@ class Runtime:
         stop: str | Sequence[str] = (),
         seed: int = 0,
         logprobs: int = 0,
+        drift: DriftBudget | None = None,
     ) -> Iterator[Piece]:
         """Yield text as it becomes certain, never half a character; `stats` is filled on the way.
 
@@ -181,16 +184,17 @@ class Runtime:
             sampling: a Sampling, or overrides of the model's generation_config.json.
             stop: strings that end a sequence and are not part of the text.
             logprobs: how many likeliest tokens to report beside each chosen one.
+            drift: how far a lossy policy may drift from the model's own routing; steers its alpha.
 
         Raises:
             InputError: bad prompts or options.
+            PolicyError: `drift` for a policy without an alpha.
             NonFiniteError: NaN or infinity in the logits.
         """
         ids = [self._ids(p) for p in _as_list(prompts)]
         state = self.init_state(len(ids))
-        for _, piece in self.pieces(
-            state, ids, max_new_tokens, sampling, stop=stop, seed=seed, logprobs=logprobs
-        ):
+        options = {"stop": stop, "seed": seed, "logprobs": logprobs, "drift": drift}
+        for _, piece in self.pieces(state, ids, max_new_tokens, sampling, **options):
             yield piece
 
     def pieces(
@@ -203,6 +207,7 @@ class Runtime:
         stop: str | Sequence[str] = (),
         seed: int = 0,
         logprobs: int = 0,
+        drift: DriftBudget | None = None,
         history: list[np.ndarray] | None = None,
     ) -> Iterator[tuple[DecodeState, Piece]]:
         """`stream` on a state of the caller's: yields the state with each piece; donates it.
@@ -217,7 +222,7 @@ class Runtime:
         stops = [StopStrings(stop) for _ in ids]
         decoders = [StreamDecoder(self.tokenizer) for _ in ids] if self._has_text(stop) else None
         finished, emitted = np.zeros(len(ids), bool), np.zeros(len(ids), int)
-        steps = self.engine.tokens(
+        steps = dataclasses.replace(self.engine, drift=drift).tokens(
             state,
             ids,
             sampling=sampling,

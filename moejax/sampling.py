@@ -325,3 +325,9 @@ def _largest(holds: Any) -> jax.Array:
         return jnp.where(holds(higher), higher, found)
 
     return lax.fori_loop(0, 32, body, jnp.uint32(0))
+
+
+def divergence(exact: jax.Array, logits: jax.Array) -> jax.Array:
+    """Kullback-Leibler divergence [...] f32, in nats, of logits [..., V] from exact ones."""
+    exact, logits = jax.nn.log_softmax(exact), jax.nn.log_softmax(logits)
+    return (jnp.exp(exact) * (exact - logits)).sum(axis=-1)

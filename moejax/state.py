@@ -31,11 +31,20 @@ def static(**kwargs: Any) -> Any:
 
 
 @pytree
+class LowBits:
+    """Copies of all experts in fewer bits, in fast memory: for routers that fall back on them."""
+
+    records: jax.Array  # [L * E, R'] bits
+    layout: RecordLayout = static()
+
+
+@pytree
 class ExpertStore:
     """The full set of experts, on the host or behind a link; never changes."""
 
     records: jax.Array | None  # [L * E, R] bits; None = only to be had over the link
     link: jax.Array | None = None  # [] i32, handle of a `kernels.transport.Store`; None = memory
+    low: LowBits | None = None
     layout: RecordLayout = static()
 
 
@@ -59,12 +68,22 @@ class ExpertCache:
 
 
 @pytree
+class Forecast:
+    """What was predicted and prefetched, until it turns out."""
+
+    wanted: jax.Array  # [L * E] bool, predicted for a layer that has not run since: leaves last
+    fresh: jax.Array  # [L * E] bool, prefetched and not used since
+
+
+@pytree
 class PolicyMemory:
     """What the parts of a policy remember from step to step, each as its `init` made it."""
 
+    router: Any
     evictor: Any
     predictor: Any
     speculation: Any
+    forecast: Forecast | None  # None for predictors that never prefetch
 
 
 @pytree
@@ -105,11 +124,19 @@ class StepTrace:
     fetched: jax.Array  # [L] i32, missing records copied into slots
     prefetched: jax.Array  # [L] i32, records copied ahead for a later layer, while in this one
     host: jax.Array  # [L] i32, experts computed on the host
+    low: jax.Array  # [L] i32, experts computed from their low-bit copies
     passes: jax.Array  # [L] i32, passes over the slots
     stall: jax.Array  # [L] i32, microseconds waited for the link
     failure: jax.Array  # [L] i32, 0, or why records did not arrive (`kernels.transport.Status`)
-    replaced_mass: jax.Array  # [L] f32, router weight moved to stand-ins, summed over tokens
+    exact_needed: jax.Array  # [L] i32, distinct experts that the model's own router picks
+    exact_hits: jax.Array  # [L] i32, of those, resident when the layer began
+    replaced: jax.Array  # [L] i32, picks of the model's own router that were not made
+    replaced_mass: jax.Array  # [L] f32, router weight that its picks lost, summed over tokens
+    predicted: jax.Array  # [L] i32, experts that had been predicted for the layer
+    predicted_right: jax.Array  # [L] i32, of those, needed
+    prefetch_used: jax.Array  # [L] i32, records copied ahead that were used here, the first time
     scores: jax.Array | None  # [L, N, E] f32, full router scores when recording them
+    forecast: jax.Array | None  # [L, E] bool, what had been predicted, when recording scores
 
 
 @pytree

@@ -84,6 +84,11 @@ class Supply:
             arriving=shelf.arriving,
         )
 
+    def capacity(self, residency: Residency) -> jax.Array:
+        """[] i32 slots in use."""
+        in_use = tables.usable(residency, self.experts, self.policy.capacity)
+        return jnp.minimum(in_use, residency.owner.shape[0])
+
     def slots(self, residency: Residency) -> jax.Array:
         """[E] slots of the layer's experts, -1 = absent."""
         return layer_slots(self.policy, residency, self.layer, self.experts)
@@ -139,6 +144,51 @@ class Supply:
         token = transport.request(self.store.link, self.ids()[order][first], count, kind, after)
         return dataclasses.replace(shelf, arriving=_behind(shelf.arriving, token))
 
+    def within_room(
+        self, shelf: Shelf, wanted: jax.Array, order: jax.Array, shield: jax.Array
+    ) -> jax.Array:
+        """[E] those `wanted` that are there, and the first others, as many as there are slots for.
+
+        shield: [L * E] bool, experts that must not leave.
+        """
+        residency = shelf.residency
+        capacity = tables.usable(residency, self.experts, self.policy.capacity)
+        there = self.slots(residency) >= 0
+        free = tables.evictable(residency, self.layer, wanted & there, capacity)
+        owner = residency.owner
+        room = (free & ((owner < 0) | ~shield[jnp.maximum(owner, 0)])).sum()
+        absent = (wanted & ~there)[order]
+        kept = jnp.zeros_like(wanted).at[order].set(absent & (jnp.cumsum(absent) <= room))
+        return (wanted & there) | kept
+
+    def run(
+        self, shelf: Shelf, chosen: jax.Array, plan: Any, x: jax.Array, rows: jax.Array
+    ) -> tuple[Shelf, jax.Array]:
+        """Run the experts `chosen` [E], whose records are all in their slots."""
+        where = self.ids() if self.virtual else self.slots(shelf.residency)
+        index = jnp.where(chosen, where, -1)
+        source, rows = kernels.experts(self.store.layout, shelf.source, index, plan, x, rows)
+        return dataclasses.replace(shelf, source=source), rows
+
+    def copy(self, shelf: Shelf, copies: tables.Copies, after: jax.Array) -> Shelf:
+        """Carry out the copies now, if memory holds the records; over a link, nothing."""
+        if self.virtual or shelf.arriving is not None:
+            return shelf
+        source = kernels.fetch(
+            shelf.source, self.store.records, copies.slot, copies.expert, copies.count, after
+        )
+        return dataclasses.replace(shelf, source=source)
+
+    def on_host(self, chosen: jax.Array, plan: Any, x: jax.Array, rows: jax.Array) -> jax.Array:
+        """Run the experts `chosen` [E] where memory holds their records."""
+        index, link = jnp.where(chosen, self.ids(), -1), self.store.link
+        if link is not None:
+            x = _behind(x, transport.host_begin(link, rows))
+        _, rows = kernels.experts(self.store.layout, self.store.records, index, plan, x, rows)
+        if link is not None:
+            rows = _behind(rows, transport.host_end(link, chosen.sum(dtype=jnp.int32), rows))
+        return rows
+
     def compute(
         self,
         shelf: Shelf,
@@ -157,15 +207,9 @@ class Supply:
         run = pending & (slots >= 0)
         if shelf.arriving is not None:
             return self._compute_over_link(shelf, slots, run, plan, x, rows)
-        source = shelf.source
-        if not self.virtual:
-            source = kernels.fetch(
-                source, self.store.records, copies.slot, copies.expert, copies.count, rows
-            )
-        index = jnp.where(run, self.ids() if self.virtual else slots, -1)
-        source, rows = kernels.experts(self.store.layout, source, index, plan, x, rows)
+        shelf, rows = self.run(self.copy(shelf, copies, rows), run, plan, x, rows)
         zero = jnp.int32(0)
-        return dataclasses.replace(shelf, source=source), rows, run, (zero, zero)
+        return shelf, rows, run, (zero, zero)
 
     def _compute_over_link(
         self,
@@ -225,22 +269,18 @@ class Supply:
         if shelf.arriving is not None:
             resident = self.slots(shelf.residency) >= 0
             return self.request(shelf, wanted & resident, order, transport.Kind.PREFETCH, after)
-        if self.virtual:
-            return shelf
-        source = kernels.fetch(
-            shelf.source, self.store.records, copies.slot, copies.expert, copies.count, after
-        )
-        return dataclasses.replace(shelf, source=source)
+        return self.copy(shelf, copies, after)
 
-    def forget(self, shelf: Shelf, after: jax.Array) -> Shelf:
-        """Stop what was prefetched for this layer and not needed: its tables stay as they are.
+    def forget(self, shelf: Shelf, needed: jax.Array, after: jax.Array) -> Shelf:
+        """Stop what is on its way to this layer but not `needed` [E]: the tables stay.
 
         Should it be needed later, it is asked for again.
         """
-        if shelf.arriving is None:
+        if shelf.arriving is None or not self.policy.predictor.horizon:
             return shelf
-        layers = jnp.arange(shelf.residency.slot_of.shape[0]) // self.experts
-        token = transport.cancel(self.store.link, layers != self.layer, after)
+        keep = jnp.ones(shelf.residency.slot_of.shape[0], bool)
+        keep = jax.lax.dynamic_update_slice(keep, needed, (self.layer * self.experts,))
+        token = transport.cancel(self.store.link, keep, after)
         return dataclasses.replace(shelf, arriving=_behind(shelf.arriving, token))
 
 
@@ -251,4 +291,5 @@ def _first(chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _behind(array: jax.Array, token: jax.Array) -> jax.Array:
     """The array, to be had only after the token (which is never this small)."""
-    return jnp.where(token[0] == jnp.iinfo(jnp.int32).min, ~array, array)
+    other = -array if jnp.issubdtype(array.dtype, jnp.floating) else ~array
+    return jnp.where(token[0] == jnp.iinfo(jnp.int32).min, other, array)

@@ -17,8 +17,8 @@ import moejax
 from moejax import bench, cli, measure
 from moejax.describe import describe
 from moejax.errors import InputError
-from moejax.generate import Stats
 from moejax.hardware import Hardware
+from moejax.stats import Stats
 
 pytest.importorskip("safetensors")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))

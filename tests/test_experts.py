@@ -18,12 +18,16 @@ from moejax.errors import BudgetError, PolicyError
 from moejax.eviction import CLOCK_LIMIT, LRU, Access
 from moejax.kernels import reference
 from moejax.policy import Policy, policy, policy_names
-from moejax.routing import Routing, TopK
+from moejax.prediction import Ahead
+from moejax.routing import Routing, Scored, TopK
 
 
-def no_gate(hidden, target):
-    """The gate of a layer that no predictor asks for."""
+def nobody(*_):
+    """What a later layer would answer, had it been asked."""
     raise AssertionError("nobody predicts here")
+
+
+NOBODY = Ahead(gate=nobody, input_norm=nobody, attend=nobody)
 
 
 def oracle_ffn(layout, record, x):
@@ -71,11 +75,25 @@ def test_mixture_equals_float64(dtype):
     rule = RouterRule(normalize=True)
     cache = decode.init_cache(built.config, built.store, 3)
     state = built.policy.init(2, 8)
-    routing = built.policy.router.route(rule, 2, scores, jnp.zeros(8, bool), valid)
-    work = experts.Layer(
-        index=jnp.int32(layer), hidden=x, x=x, scores=scores, routing=routing, valid=valid
+    seen = Scored(
+        layer=jnp.int32(layer),
+        scores=scores,
+        resident=jnp.zeros(8, bool),
+        valid=valid,
+        rule=rule,
+        top_k=2,
     )
-    apply = jax.jit(functools.partial(experts.apply, gate=no_gate))
+    routing, _ = built.policy.router.route(None, seen)
+    work = experts.Layer(
+        index=jnp.int32(layer),
+        hidden=x,
+        x=x,
+        shared=None,
+        scores=scores,
+        routing=routing,
+        valid=valid,
+    )
+    apply = jax.jit(functools.partial(experts.apply, ahead=NOBODY))
     out, *_ = apply(built.policy, built.store, cache, state, work)
     records, layout = np.asarray(built.store.records), built.store.layout
     for t in np.flatnonzero(np.asarray(valid)):
@@ -162,14 +180,18 @@ def table_step(chosen, tables, memory, layer, picks):
         index=layer,
         hidden=jnp.zeros((n, 32)),
         x=jnp.zeros((n, 32)),
+        shared=None,
         scores=jnp.zeros((n, 8), jnp.float32),
         routing=Routing(
-            expert=picks, weight=jnp.ones(picks.shape), replaced_mass=jnp.zeros(n, jnp.float32)
+            expert=picks,
+            weight=jnp.ones(picks.shape),
+            exact=picks,
+            replaced_mass=jnp.zeros(n, jnp.float32),
         ),
         valid=jnp.ones(n, bool),
     )
     cache = decode.ExpertCache(pool=built.store.records[:0], residency=tables)
-    _, cache, memory, trace = experts.apply(chosen, built.store, cache, memory, work, no_gate)
+    _, cache, memory, _, trace = experts.apply(chosen, built.store, cache, memory, work, NOBODY)
     return cache.residency, memory, trace.hits, trace.fetched
 
 

@@ -17,11 +17,15 @@ MODULE_LINES, FUNCTION_LINES = 400, 60
 # From the bottom up: a module imports only from its own group and those before it.
 GROUPS = {
     "data": "errors layout formats quantise units hardware config state",
-    "decisions": "routing eviction residency placement policy sampling prediction speculation",
-    "mechanism": (
-        "supply experts models detokenize chat text decode generate speculate kernels checkpoints"
+    "decisions": (
+        "routing substitution alternatives eviction evictors residency placement prediction "
+        "forecast speculation policy presets sampling"
     ),
-    "analysis": "trace cost plan simulate metrics plots",
+    "mechanism": (
+        "supply experts models detokenize chat text decode live stats generate speculate kernels "
+        "checkpoints"
+    ),
+    "analysis": "trace cost plan simulate metrics plots loss tuning",
     "edges": (
         "allocator devices measure tiers warm hub orbax_directory runtime loading session describe "
         "doctor terminal commands conversation evaluate bench options cli __main__"

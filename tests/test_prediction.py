@@ -12,11 +12,22 @@ from hypothesis import strategies as st
 from test_exactness import prompts_of, run
 
 import moejax
-from moejax import residency
+from moejax import decode, residency
 from moejax.errors import PolicyError
+from moejax.kernels import build as build_native
 from moejax.placement import HostAll
 from moejax.policy import policy
-from moejax.prediction import LastLayer, NextGate, PreviousToken, View, best
+from moejax.prediction import (
+    Ahead,
+    Everything,
+    LastLayer,
+    NextAttention,
+    NextGate,
+    NextResidual,
+    PreviousToken,
+    View,
+    best,
+)
 from moejax.state import pytree, static
 
 LAYERS = 4
@@ -28,6 +39,7 @@ class Oracle:
 
     wanted_by_layer: jax.Array  # [L, E]
     horizon: int = static(default=1)
+    attends = False
 
     def init(self, num_layers, num_experts):
         return None
@@ -35,7 +47,7 @@ class Oracle:
     def observe(self, memory, view):
         return memory
 
-    def wanted(self, memory, view, target, gate):
+    def wanted(self, memory, view, target, ahead):
         return self.wanted_by_layer[target]
 
 
@@ -52,20 +64,30 @@ PREDICTORS = [
     PreviousToken(limit=jnp.int32(2)),
     NextGate(limit=jnp.int32(2)),
     NextGate(limit=jnp.int32(8), horizon=3),
+    NextAttention(alpha=jnp.float32(0.1)),
+    NextAttention(alpha=jnp.float32(0.0), limit=jnp.int32(3), horizon=2),
+    NextResidual(alpha=jnp.float32(0.1)),
+    NextResidual(alpha=jnp.float32(0.0), limit=jnp.int32(1), only_missing=True),
+    Everything(),
 ]
 
 
-@pytest.mark.parametrize("predictor", PREDICTORS)
-@pytest.mark.parametrize("placement", [None, HostAll()])
-def test_prefetching_never_changes_bits(deep, predictor, placement):
-    changes = {} if placement is None else {"placement": placement}
-    prompts = prompts_of(3, 2)
+BUDGETS = (
+    {"slots": 9},
+    {"slots": 16, "per_layer": True},
+    {"slots": 9, "virtual": True},
+)
+
+
+@pytest.mark.parametrize("number", range(len(PREDICTORS)))
+def test_prefetching_never_changes_bits(deep, number):
+    prompts, predictor = prompts_of(3, 2), PREDICTORS[number]
     whole, _ = run(deep, prompts, 4, slots=32)
+    changes = {"placement": HostAll()} if number in (1, 3) else {}
     chosen = with_predictor(deep, predictor, **changes)
-    for budget in ({"slots": 9}, {"slots": 16, "per_layer": True}, {"slots": 9, "virtual": True}):
-        some, traces = run(deep, prompts, 4, policy=chosen, **budget)
-        assert np.array_equal(whole, some)
-        assert sum(int(t.prefetched.sum()) for t in traces) > 0
+    some, traces = run(deep, prompts, 4, policy=chosen, **BUDGETS[number % 3])
+    assert np.array_equal(whole, some)
+    assert sum(int(t.prefetched.sum()) for t in traces) > 0
 
 
 def test_a_perfect_prediction_hits_everywhere_but_in_the_first_layer(deep):
@@ -94,6 +116,7 @@ def test_the_gate_of_the_same_hidden_state_is_the_router(deep):
     @pytree
     class Spy:
         horizon = 1
+        attends = False
 
         def init(self, num_layers, num_experts):
             return jnp.zeros((num_layers, num_experts))
@@ -101,14 +124,70 @@ def test_the_gate_of_the_same_hidden_state_is_the_router(deep):
         def observe(self, memory, view):
             return memory
 
-        def wanted(self, memory, view, target, gate):
-            same = gate(view.hidden, view.layer) == view.scores
+        def wanted(self, memory, view, target, ahead):
+            same = ahead.gate(view.hidden, view.layer) == view.scores
             return jnp.where(same.all(), 1.0, 0.0) * jnp.ones(8)
 
     _, traces = run(deep, prompts_of(5, 1), 1, policy=with_predictor(deep, Spy()), slots=31)
     _, plain = run(deep, prompts_of(5, 1), 1, slots=31)
     assert sum(int(t.prefetched.sum()) for t in traces) > 0
     assert sum(int(t.prefetched.sum()) for t in plain) == 0
+
+
+@pytest.mark.parametrize("kernels", ["reference", "native"])
+@pytest.mark.parametrize("slots", [32, 9])
+def test_the_next_attention_foresees_exactly_when_nothing_is_missing(deep, kernels, slots):
+    """Then the hidden state ahead is that of the layer ahead, bit for bit."""
+    if kernels == "native" and build_native.library() is None:
+        pytest.skip(build_native.status())
+
+    @pytree
+    class Spy:
+        horizon = 1
+        attends = True
+
+        def init(self, num_layers, num_experts):
+            return jnp.zeros((num_layers + 1, 2, 32)), jnp.zeros(num_layers, bool)
+
+        def observe(self, memory, view):
+            foreseen, same = memory
+            same = same.at[view.layer].set((foreseen[view.layer] == view.hidden).all())
+            return foreseen.at[view.layer + 1].set(view.ahead), same
+
+        def wanted(self, memory, view, target, ahead):
+            return jnp.zeros(8)
+
+    chosen = with_predictor(deep, Spy())
+    model = deep.model.clone(kernels=kernels)
+    state = decode.init_state(model, chosen, deep.store, slots=slots, batch=2, context=128)
+    for tokens in (np.arange(14).reshape(2, 7), [[3], [5]], [[8], [-1]]):
+        tokens = jnp.asarray(tokens, jnp.int32)
+        state, out = decode.decode_step(model, chosen, deep.params, deep.store, state, tokens)
+        same = np.asarray(state.policy.predictor[1])
+        if tokens.shape[1] > 1:
+            assert not same.any()  # not asked during prefill
+        elif (tokens >= 0).all():
+            missed = np.asarray(out.trace.needed - out.trace.hits)
+            assert same[1:].tolist() == (missed[:-1] == 0).tolist()
+            assert (slots == 32) == (missed.sum() == 0)
+
+
+def test_predictions_are_accounted_for(deep):
+    """Counts per layer against what the recorded scores say."""
+    chosen = with_predictor(deep, NextGate(alpha=jnp.float32(0.2)))
+    state = decode.init_state(deep.model, chosen, deep.store, slots=12, batch=1, context=128)
+    fixed = (deep.model, chosen, deep.params, deep.store)
+    for token in range(20):
+        tokens = jnp.array([[token]], jnp.int32)
+        state, out = decode.decode_step(*fixed, state, tokens, scores=True)
+        trace = jax.device_get(out.trace)
+        assert not state.policy.forecast.wanted.any()  # every layer has run
+        assert trace.predicted[0] == 0
+        for layer in range(LAYERS):
+            needed = set(trace.picks[layer, 0].tolist())
+            wanted = set(np.flatnonzero(trace.forecast[layer]).tolist())
+            assert trace.predicted[layer] == len(wanted)
+            assert trace.predicted_right[layer] == len(wanted & needed)
 
 
 @pytest.mark.parametrize("last", [0, 1, 3])
@@ -122,8 +201,6 @@ def test_the_cutoff_stops_at_its_layer(deep, last):
 
 
 def test_numbers_of_predictors_never_recompile(deep):
-    from moejax import decode
-
     def with_limit(limit):
         predictor = PreviousToken(limit=jnp.int32(limit))
         return with_predictor(deep, predictor, cutoff=LastLayer(last=jnp.int32(limit)))
@@ -176,17 +253,30 @@ def test_best_keeps_the_greatest():
 
 
 def test_padding_predicts_nothing():
+    hidden = jnp.zeros((2, 4))
     view = View(
         layer=jnp.int32(0),
-        hidden=jnp.zeros((2, 4)),
+        hidden=hidden,
+        x=hidden,
+        shared=None,
+        partial=hidden,
+        ahead=hidden,
         scores=jnp.zeros((2, 3)),
         tokens=jnp.zeros(3, jnp.int32),
+        missed=jnp.bool_(True),
+        resident=jnp.zeros(3, bool),
         valid=jnp.zeros(2, bool),
+        top_k=1,
     )
-    for predictor in PREDICTORS[:2]:
+    ahead = Ahead(
+        gate=lambda hidden, target: jnp.ones((2, 3)),
+        input_norm=lambda hidden, target: hidden,
+        attend=lambda *_: None,
+    )
+    for predictor in PREDICTORS[:-1]:
         memory = predictor.init(2, 3)
         memory = predictor.observe(memory, view)
-        wanted = predictor.wanted(memory, view, jnp.int32(1), lambda h, layer: jnp.ones((2, 3)))
+        wanted = predictor.wanted(memory, view, jnp.int32(1), ahead)
         assert not wanted.any()
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,6 +19,8 @@ from moejax.models.layers import Span, Weights, at, from_bits, grouped_query_att
 from moejax.models.rope import cos_sin
 from moejax.models.shapes import Held, held_parameters
 from moejax.policy import Policy
+from moejax.prediction import Ahead
+from moejax.routing import Scored
 from moejax.state import (
     DecodeState,
     ExpertCache,
@@ -79,15 +82,18 @@ class Decoder(nn.Module):
         *,
         all_logits: bool = False,
         scores: bool = False,
+        prefill: bool | None = None,
     ) -> tuple[DecodeState, StepOutput]:
         """Process tokens [B, T] (-1 = padding, at the end of a row) after what the state holds.
 
         Args:
             all_logits: logits of every position [B, T, V] instead of each sequence's last [B, V].
             scores: keep the full router scores in the trace.
+            prefill: whether the tokens are a prompt's, as routers see it; by default if T > 1.
         """
+        prefill = tokens.shape[1] > 1 if prefill is None else prefill
         with kernels.using(self.kernels):
-            return self._run(policy, store, state, tokens, all_logits, scores)
+            return self._run(policy, store, state, tokens, all_logits, _How(scores, prefill))
 
     def _run(
         self,
@@ -96,7 +102,7 @@ class Decoder(nn.Module):
         state: DecodeState,
         tokens: jax.Array,
         all_logits: bool,
-        scores: bool,
+        how: "_How",
     ) -> tuple[DecodeState, StepOutput]:
         config, weights = self.config, self._weights()
         span = _span(config, state.length, tokens)
@@ -107,7 +113,7 @@ class Decoder(nn.Module):
 
             def body(carry: tuple, i: jax.Array, moe=moe, first=first, index=index) -> tuple:
                 return _layer(
-                    config, weights, policy, store, span, carry, first + i, index + i, moe, scores
+                    config, weights, policy, store, span, carry, first + i, index + i, moe, how
                 )
 
             carry, trace = jax.lax.scan(body, carry, jnp.arange(count))
@@ -124,6 +130,14 @@ class Decoder(nn.Module):
         logits = jnp.where(wrong.reshape(-1, *[1] * (logits.ndim - 1)), jnp.nan, logits)
         state = DecodeState(kv=kv, experts=cache, policy=memory, length=length)
         return state, StepOutput(logits=logits, trace=trace)
+
+
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """What a step is for."""
+
+    scores: bool  # to be kept in the trace
+    prefill: bool
 
 
 def _span(config: ModelConfig, length: jax.Array, tokens: jax.Array) -> Span:
@@ -162,71 +176,120 @@ def _layer(
     layer: jax.Array,
     index: jax.Array,
     moe: bool,
-    scores: bool,
+    how: _How,
 ) -> tuple[tuple, StepTrace | None]:
     """One layer; `index` counts within the layers of its kind."""
     x, kv, cache, memory = carry
-    norms = at(weights["norms"], layer)
-    attention: Callable = latent_attention if config.latent else grouped_query_attention
-    normed = rms_norm(x, norms["input"], config.norm_eps)
-    mixed, kv = attention(config, weights["attention"], layer, normed, kv, span)
-    x = x + mixed
-    normed = rms_norm(x, norms["post"], config.norm_eps)
+    x, kv = _attention(config, weights, span, x, kv, layer)
+    normed = rms_norm(x, weights["norms"]["post"].at(layer), config.norm_eps)
     if not moe:
         w = at(weights["mlp"], index)
         return (x + swiglu(normed, w["gate_up"], w["down"]), kv, cache, memory), None
-    out, cache, memory, trace = _moe_layer(
-        config, weights, policy, store, cache, memory, index, x, normed, span.valid, scores
+    ahead = _ahead(config, weights, span)
+    experts, memory = _routed(config, weights, policy, cache, memory, index, x, normed, span, how)
+    out, cache, memory, kv, counts = expert_layer.apply(
+        policy, store, cache, memory, experts, ahead, kv
     )
+    if experts.shared is not None:
+        out = out + experts.shared
+    trace = _trace(experts, counts, how)
     return (x + out.reshape(x.shape), kv, cache, memory), trace
 
 
-def _moe_layer(
+def _attention(
+    config: ModelConfig,
+    weights: dict[str, Weights],
+    span: Span,
+    x: jax.Array,
+    kv: Any,
+    layer: jax.Array,
+) -> tuple[jax.Array, Any]:
+    """Residual stream [B, T, D] after a layer's attention, and the KV cache with its rows."""
+    attention: Callable = latent_attention if config.latent else grouped_query_attention
+    normed = rms_norm(x, weights["norms"]["input"].at(layer), config.norm_eps)
+    mixed, kv = attention(config, weights["attention"], layer, normed, kv, span)
+    return x + mixed, kv
+
+
+def _ahead(config: ModelConfig, weights: dict[str, Weights], span: Span) -> Ahead:
+    layers, eps = jnp.asarray(config.moe_layers), config.norm_eps
+
+    def gate(hidden: jax.Array, target: jax.Array) -> jax.Array:
+        norm = weights["norms"]["post"].at(layers[target])
+        return _router(weights, rms_norm(hidden, norm, eps), target)
+
+    def input_norm(hidden: jax.Array, target: jax.Array) -> jax.Array:
+        return rms_norm(hidden, weights["norms"]["input"].at(layers[target]), eps)
+
+    def attend(
+        hidden: jax.Array, kv: Any, layer: jax.Array, target: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        def one(i: jax.Array, carry: tuple) -> tuple:
+            return _attention(config, weights, span, *carry, i)
+
+        start = (hidden.reshape(*span.valid.shape, -1), kv)
+        ahead, kv = jax.lax.fori_loop(layers[layer] + 1, layers[target] + 1, one, start)
+        return ahead.reshape(hidden.shape), kv
+
+    return Ahead(gate=gate, input_norm=input_norm, attend=attend)
+
+
+def _routed(
     config: ModelConfig,
     weights: dict[str, Weights],
     policy: Policy,
-    store: ExpertStore,
     cache: ExpertCache,
     memory: PolicyMemory,
     index: jax.Array,
     hidden: jax.Array,  # [B, T, D] f32
     normed: jax.Array,  # [B, T, D] f32
-    valid: jax.Array,  # [B, T] bool
-    scores: bool,
-) -> tuple[jax.Array, ExpertCache, PolicyMemory, StepTrace]:
-    """Router, experts under the policy, and the shared expert: [N, D] f32."""
-    x, valid = normed.reshape(-1, config.width), valid.reshape(-1)
-    probabilities = _router(weights, x, index)
-    resident = expert_layer.resident(policy, cache, index, config.num_experts)
-    routing = policy.router.route(config.router, config.top_k, probabilities, resident, valid)
-    layer = expert_layer.Layer(
-        index=index,
-        hidden=hidden.reshape(x.shape),
-        x=x,
-        scores=probabilities,
-        routing=routing,
+    span: Span,
+    how: _How,
+) -> tuple[expert_layer.Layer, PolicyMemory]:
+    """Router and shared expert of a layer: what its experts work on."""
+    x, valid = normed.reshape(-1, config.width), span.valid.reshape(-1)
+    scores = _router(weights, x, index)
+    seen = Scored(
+        layer=index,
+        scores=scores,
+        resident=expert_layer.resident(policy, cache, index, config.num_experts),
         valid=valid,
+        rule=config.router,
+        top_k=config.top_k,
+        prefill=how.prefill,
     )
-
-    def gate(hidden: jax.Array, target: jax.Array) -> jax.Array:
-        norm = weights["norms"]["post"].at(jnp.asarray(config.moe_layers)[target])
-        return _router(weights, rms_norm(hidden, norm, config.norm_eps), target)
-
-    out, cache, memory, counts = expert_layer.apply(policy, store, cache, memory, layer, gate)
+    routing, remembered = policy.router.route(memory.router, seen)
+    shared = None
     if config.shared_width:
         w = at(weights["shared"], index)
         shared = swiglu(x, w["gate_up"], w["down"])
         if config.shared_gate:
             shared = jax.nn.sigmoid(linear(x, w["gate"])) * shared
-        out = out + shared
-    trace = StepTrace(
-        picks=jnp.where(valid[:, None], routing.expert, -1),
+    layer = expert_layer.Layer(
+        index=index,
+        hidden=hidden.reshape(x.shape),
+        x=x,
+        shared=shared,
+        scores=scores,
+        routing=routing,
+        valid=valid,
+        prefill=how.prefill,
+    )
+    return layer, dataclasses.replace(memory, router=remembered)
+
+
+def _trace(layer: expert_layer.Layer, counts: Any, how: _How) -> StepTrace:
+    routing, valid = layer.routing, layer.valid
+    fields = {field.name: getattr(counts, field.name) for field in dataclasses.fields(counts)}
+    forecast = fields.pop("forecast")
+    return StepTrace(
+        picks=layer.picks,
         weights=jnp.where(valid[:, None], routing.weight, 0.0),
         replaced_mass=jnp.where(valid, routing.replaced_mass, 0.0).sum(),
-        scores=probabilities if scores else None,
-        **{field.name: getattr(counts, field.name) for field in dataclasses.fields(counts)},
+        scores=layer.scores if how.scores else None,
+        forecast=forecast if how.scores else None,
+        **fields,
     )
-    return out, cache, memory, trace
 
 
 def _router(weights: dict[str, Weights], x: jax.Array, layer: jax.Array) -> jax.Array:

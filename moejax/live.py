@@ -1,0 +1,127 @@
+"""What a run learns between steps: the costs that a placement weighs, and how far it may drift."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from moejax.errors import InputError, PolicyError
+from moejax.kernels.transport import Store, StoreStats
+from moejax.placement import LiveCosts
+from moejax.policy import Policy, with_alpha
+
+SLOWEST, FASTEST = 0.5, 1.1  # factors of alpha from one probe to the next
+LEAST_ALPHA = 0.01  # from which alpha can still grow
+
+
+class Costs:
+    """Measures what a record costs over a link and an expert on the host beside it.
+
+    Only where that cannot change results: under a lossy router, what is resident decides what is
+    computed, so that the costs stay those of the policy.
+    """
+
+    def __init__(self, policy: Policy | None, link: Store | None):
+        placement = policy and policy.placement
+        self._link = link
+        self.active = bool(
+            link and policy.exact and placement.uses_host and hasattr(placement, "with_costs")
+        )
+        if self.active:
+            load, host = float(placement.load), float(placement.host)
+            self._costs, self._ratio = LiveCosts(), host / load if load else math.inf
+            self._before, self._measured = link.stats(), set()
+
+    def learn(self, policy: Policy) -> Policy:
+        """The policy with the average costs of the latest steps."""
+        now = self._link.stats()
+        found = {"load": _each(self._before, now, "busy_us", "landed")}
+        found["host"] = _each(self._before, now, "host_us", "host_experts")
+        self._before = now
+        self._costs.add(found["load"], found["host"])
+        self._measured |= {name for name, cost in found.items() if cost is not None}
+        if "load" not in self._measured:
+            return policy
+        # until an expert ran on the host, its cost is what the policy's ratio makes of the link's
+        host = self._ratio * self._costs.load if self.host_us is None else self.host_us
+        placement = policy.placement.with_costs(self._costs.load, host)
+        return dataclasses.replace(policy, placement=placement)
+
+    @property
+    def load_us(self) -> float | None:
+        """Microseconds of one record over the link; None until one has come."""
+        return self._costs.load if "load" in self._measured else None
+
+    @property
+    def host_us(self) -> float | None:
+        """Microseconds of one expert on the host; None until one has run there."""
+        return self._costs.host if "host" in self._measured else None
+
+
+def _each(before: StoreStats, now: StoreStats, time: str, count: str) -> float | None:
+    events = getattr(now, count) - getattr(before, count)
+    return (getattr(now, time) - getattr(before, time)) / events if events else None
+
+
+@dataclasses.dataclass(frozen=True)
+class DriftBudget:
+    """How far a lossy run may drift from the model's own routing, and how often that is looked at.
+
+    Every `every` decode steps, the step is made with alpha 0 first; the divergence of its
+    distribution from that of the lossy step, on the same KV cache, steers alpha.
+    """
+
+    nats: float  # mean KL divergence per token
+    every: int = 16
+
+    def __post_init__(self) -> None:
+        if not 0 < self.nats < math.inf or self.every < 1:
+            raise InputError(
+                f"a drift budget is a positive number of nats every n >= 1 steps, not {self}"
+            )
+
+
+@dataclasses.dataclass
+class DriftStats:
+    """What watching the drift found and cost; its time and records are part of the run's own."""
+
+    probes: int = 0
+    seconds: float = 0.0
+    fetched: int = 0  # records moved by them
+    nats: float = 0.0  # mean over the probes
+    alpha: float = 0.0  # at the end
+    alphas: list[float] = dataclasses.field(default_factory=list)  # after each probe
+
+
+class Drift:
+    """Keeps alpha where the divergence meets its budget; the same seed gives the same alphas."""
+
+    def __init__(self, budget: DriftBudget, policy: Policy):
+        """Raises PolicyError for a router without an alpha."""
+        if not hasattr(policy.router, "alpha"):
+            raise PolicyError(
+                f"a drift budget steers alpha, which {type(policy.router).__name__} has not: "
+                "choose a policy such as smoe-fetch"
+            )
+        self.budget = budget
+        self.stats = DriftStats(alpha=float(policy.router.alpha))
+        self._average: float | None = None
+        self._steps = 0
+
+    def due(self) -> bool:
+        """Whether this decode step is one to probe; asked once per step."""
+        self._steps += 1
+        return self._steps % self.budget.every == 1 or self.budget.every == 1
+
+    def learn(self, policy: Policy, nats: Any) -> Policy:
+        """The policy with alpha moved towards the budget, given the drift of each sequence."""
+        found = float(jnp.mean(jnp.asarray(nats)))
+        self._average = found if self._average is None else 0.5 * (self._average + found)
+        ratio = self.budget.nats / max(self._average, 1e-9)
+        alpha = max(self.stats.alpha, LEAST_ALPHA) * min(max(ratio**0.5, SLOWEST), FASTEST)
+        self.stats.alpha = min(alpha, 1.0)
+        self.stats.alphas.append(self.stats.alpha)
+        self.stats.nats += (found - self.stats.nats) / (self.stats.probes + 1)
+        self.stats.probes += 1
+        return with_alpha(policy, self.stats.alpha)

@@ -1,0 +1,209 @@
+"""Policies by name, each after what it reproduces; their numbers can be given as text.
+
+`smoe` is SMoE (arXiv 2508.18983), the others are what it and its rivals are compared with.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from moejax.alternatives import CacheBoost
+from moejax.errors import PolicyError
+from moejax.eviction import LRU, Evictor
+from moejax.evictors import (
+    LFU,
+    ClassLRU,
+    DecayedLFU,
+    LeastStale,
+    ScoreEMA,
+    ScoreWindow,
+    TwoQueue,
+)
+from moejax.placement import BandwidthShare, FetchAll, HostAll, ThreeTimelines, TwoPointer
+from moejax.policy import UNLIMITED, Policy
+from moejax.prediction import Everything, NextAttention, NextGate, NextResidual
+from moejax.routing import TopK
+from moejax.substitution import Substitute
+
+
+def _exact(evictor: Evictor, **parts: object) -> Policy:
+    return Policy(
+        **{"router": TopK(), "evictor": evictor, "placement": FetchAll()} | parts,
+        capacity=jnp.int32(UNLIMITED),
+        must_be_exact=True,
+    )
+
+
+def lru() -> Policy:
+    """On-demand offloading, least recently used out first."""
+    return _exact(LRU())
+
+
+def lfu() -> Policy:
+    """Least often used out first."""
+    return _exact(LFU())
+
+
+def decayed_lfu(decay: float = 0.95) -> Policy:
+    """Least often used out first, old uses counting less."""
+    return _exact(DecayedLFU(decay=jnp.float32(decay)))
+
+
+def class_lru(period: int = 64) -> Policy:
+    """By frequency class, then least recently used (llama.cpp)."""
+    return _exact(ClassLRU(period=jnp.int32(period)))
+
+
+def two_queue(window: int = 64) -> Policy:
+    """Scan-resistant: experts used once leave before those used again."""
+    return _exact(TwoQueue(window=jnp.int32(window)))
+
+
+def least_stale() -> Policy:
+    """The experts whose layer comes last leave first (SpecMD, arXiv 2602.03921)."""
+    return _exact(LeastStale())
+
+
+def score_window(window: int = 16) -> Policy:
+    """SMoE's eviction alone: the smallest mean router score of the last steps."""
+    return _exact(ScoreWindow(n=jnp.int32(window)))
+
+
+def score_ema(decay: float = 0.9) -> Policy:
+    """The smallest decayed router score out first."""
+    return _exact(ScoreEMA(decay=jnp.float32(decay)))
+
+
+def host() -> Policy:
+    """Misses run on the host and nothing is moved (llama.cpp; Fiddler with a residency file)."""
+    return _exact(LRU(), placement=HostAll())
+
+
+def balanced(load: float = 3.0, host: float = 1.0) -> Policy:
+    """LRU with misses split between the link and the host by SMoE's two pointers."""
+    return _exact(LRU(), placement=_two_pointer(load, host))
+
+
+def bandwidth(share: float = 0.5) -> Policy:
+    """LRU with a share of the misses fetched, as bandwidths go (FreeToken, arXiv 2608.16157)."""
+    return _exact(LRU(), placement=BandwidthShare(share=jnp.float32(share)))
+
+
+def hybrimoe(load: float = 3.0, host: float = 1.0, device: float = 0.1, limit: int = 2) -> Policy:
+    """HybriMoE (arXiv 2504.05897): score EMA, three timelines, prefetch by the next gate."""
+    return _exact(
+        ScoreEMA(decay=jnp.float32(0.9)),
+        placement=ThreeTimelines(
+            load=jnp.float32(load), host=jnp.float32(host), device=jnp.float32(device)
+        ),
+        predictor=NextGate(limit=jnp.int32(limit), alpha=jnp.float32(0.0)),
+    )
+
+
+def moe_infinity() -> Policy:
+    """Prefetch of all picks of the next gate, as MoE-Infinity prefetches all that it expects."""
+    return _exact(LRU(), predictor=NextGate(alpha=jnp.float32(0.0)))
+
+
+def stream() -> Policy:
+    """Every layer's experts are moved while the layer before runs (DeepSpeed)."""
+    return _exact(LRU(), predictor=Everything())
+
+
+def _two_pointer(load: float, host: float) -> TwoPointer:
+    return TwoPointer(load=jnp.float32(load), host=jnp.float32(host))
+
+
+def smoe_fetch(alpha: float = 0.25, window: int = 16, horizon: int = 1) -> Policy:
+    """SMoE without host compute: substitution, score eviction, top-score prefetch."""
+    return Policy(
+        router=Substitute(alpha=jnp.float32(alpha)),
+        evictor=ScoreWindow(n=jnp.int32(window)),
+        placement=FetchAll(),
+        capacity=jnp.int32(UNLIMITED),
+        predictor=NextAttention(alpha=jnp.float32(alpha), horizon=horizon),
+    )
+
+
+def smoe(
+    alpha: float = 0.25, window: int = 16, horizon: int = 1, load: float = 3.0, host: float = 1.0
+) -> Policy:
+    """SMoE, whole: also misses split between the link and the host.
+
+    load and host are the costs of an expert on either, in any one unit.
+    """
+    whole = smoe_fetch(alpha, window, horizon)
+    return dataclasses.replace(whole, placement=_two_pointer(load, host))
+
+
+def smoe_released(alpha: float = 0.25, load: float = 3.0, host: float = 1.0) -> Policy:
+    """SMoE as its released code has it; see docs/design.md for the differences."""
+    return Policy(
+        router=Substitute(alpha=jnp.float32(alpha), variant="released"),
+        evictor=LRU(),
+        placement=TwoPointer(load=jnp.float32(load), host=jnp.float32(host), variant="released"),
+        capacity=jnp.int32(UNLIMITED),
+        predictor=NextResidual(alpha=jnp.float32(alpha), limit=jnp.int32(1), only_missing=True),
+    )
+
+
+def cache_boost(boost: float = 0.5, keep: int = 1) -> Policy:
+    """Cache-conditional experts (arXiv 2412.00099): resident experts score higher."""
+    return Policy(
+        router=CacheBoost(boost=jnp.float32(boost), keep=jnp.int32(keep)),
+        evictor=LRU(),
+        placement=FetchAll(),
+        capacity=jnp.int32(UNLIMITED),
+    )
+
+
+PRESETS: dict[str, Callable[..., Policy]] = {
+    made.__name__.replace("_", "-"): made
+    for made in (
+        lru,
+        lfu,
+        decayed_lfu,
+        class_lru,
+        two_queue,
+        least_stale,
+        score_window,
+        score_ema,
+        host,
+        balanced,
+        bandwidth,
+        hybrimoe,
+        moe_infinity,
+        stream,
+        smoe,
+        smoe_fetch,
+        smoe_released,
+        cache_boost,
+    )
+}
+
+
+def build(name: str, make: Callable[..., Policy], numbers: str) -> Policy:
+    """The policy of a preset, with numbers such as "alpha=0.35,window=32" instead of its own.
+
+    Raises:
+        PolicyError: a number that the preset does not have, or what is none.
+    """
+    if not numbers:
+        return make()
+    known = inspect.signature(make).parameters
+    given: dict[str, float] = {}
+    for part in numbers.split(","):
+        key, _, text = part.partition("=")
+        if key not in known:
+            raise PolicyError(
+                f"policy {name!r} has no number {key!r}; it has: {', '.join(known) or 'none'}"
+            )
+        try:
+            given[key] = int(text) if isinstance(known[key].default, int) else float(text)
+        except ValueError:
+            raise PolicyError(f"{key} of policy {name!r} must be a number, not {text!r}") from None
+        if not abs(given[key]) < float("inf"):
+            raise PolicyError(f"{key} of policy {name!r} must be finite, not {text!r}")
+    return make(**given)

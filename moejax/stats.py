@@ -1,0 +1,164 @@
+"""What a run cost: counts of a step summed on the device, and of a run on the host."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from moejax.live import DriftStats
+from moejax.state import StepTrace, pytree
+
+
+@pytree
+class Totals:
+    """Sums of a step's trace over layers; counts are experts."""
+
+    needed: jax.Array  # [] i32
+    hits: jax.Array  # [] i32
+    fetched: jax.Array  # [] i32
+    prefetched: jax.Array  # [] i32
+    host: jax.Array  # [] i32
+    low: jax.Array  # [] i32
+    exact_needed: jax.Array  # [] i32
+    exact_hits: jax.Array  # [] i32
+    replaced: jax.Array  # [] i32
+    replaced_mass: jax.Array  # [] f32
+    predicted: jax.Array  # [] i32
+    predicted_right: jax.Array  # [] i32
+    prefetch_used: jax.Array  # [] i32
+    late: jax.Array  # [] i32
+    stall: jax.Array  # [] i32, microseconds
+    failure: jax.Array  # [] i32, the greatest of the layers'
+
+
+def totals_of(trace: StepTrace | None) -> Totals | None:
+    """Sums over the layers of a step, None for dense models."""
+    if trace is None:
+        return None
+    sums = {
+        field.name: getattr(trace, field.name).sum()
+        for field in dataclasses.fields(Totals)
+        if field.name != "failure"
+    }
+    return Totals(**sums, failure=trace.failure.max())
+
+
+_IN_DECODE = (
+    "needed",
+    "hits",
+    "late",
+    "exact_needed",
+    "exact_hits",
+    "replaced",
+    "predicted",
+    "predicted_right",
+    "prefetch_used",
+)
+
+
+@dataclasses.dataclass
+class Stats:
+    """What a run cost. Counts are experts over all layers; times are seconds."""
+
+    record_bytes: int  # bytes of one expert's record
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    steps: int = 0  # decode steps, prefill not included
+    needed: int = 0  # expert uses in decode, per layer and step distinct
+    hits: int = 0
+    late: int = 0  # of `hits`: the expert had a slot, but its record was still to come over a link
+    prefill_needed: int = 0
+    prefill_hits: int = 0
+    fetched: int = 0  # missing records copied into slots, prefill included; counted if `virtual`
+    prefetched: int = 0  # records copied ahead of need, likewise
+    prefill_moved: int = 0  # of `fetched` and `prefetched`
+    host: int = 0  # experts computed on the host, prefill included
+    low: int = 0  # experts computed from low-bit copies, likewise
+    # Of decode: what the model's own router would have needed and found resident; its picks that
+    # were not made; the router weight that its picks lost.
+    exact_needed: int = 0
+    exact_hits: int = 0
+    replaced: int = 0
+    replaced_mass: float = 0.0
+    # Of decode: experts predicted, those of them that were needed, prefetched records that were.
+    predicted: int = 0
+    predicted_right: int = 0
+    prefetch_used: int = 0
+    prefill_prefetched: int = 0  # of `prefetched`
+    load_us: float | None = None  # live cost of a record over the link, microseconds
+    host_us: float | None = None  # live cost of an expert on the host
+    drift: DriftStats | None = None
+    stall_seconds: float = 0.0  # of decode, waited for a link
+    link_bytes: int | None = None  # read or begun by the link since the run began, if there is one
+    prefill_link_bytes: int = 0  # of those
+    virtual: bool = False  # weights are read in place: nothing is copied
+    label: str = "bit-exact"  # or "faithful" (same routing, other rounding) or "lossy"
+    ttft: float | None = None
+    decode_seconds: float = 0.0
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of decode's expert uses that found the expert resident."""
+        return self.hits / self.needed if self.needed else None
+
+    @property
+    def exact_hit_rate(self) -> float | None:
+        """Share of the uses of the model's own router in decode that would have been hits."""
+        return self.exact_hits / self.exact_needed if self.exact_needed else None
+
+    @property
+    def prediction_precision(self) -> float | None:
+        """Share of the predicted experts that were needed."""
+        return self.predicted_right / self.predicted if self.predicted else None
+
+    @property
+    def prefetch_use(self) -> float | None:
+        """Share of the records prefetched in decode that were used before they left."""
+        fetched = self.prefetched - self.prefill_prefetched
+        return self.prefetch_used / fetched if fetched else None
+
+    @property
+    def tpot(self) -> float | None:
+        """Seconds per decode step (time per output token of one sequence)."""
+        return self.decode_seconds / self.steps if self.steps else None
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes moved into slots, as the link counts them; without a link, by records."""
+        if self.link_bytes is not None:
+            return self.link_bytes
+        return (self.fetched + self.prefetched) * self.record_bytes
+
+    @property
+    def bytes_per_step(self) -> float | None:
+        """Bytes copied per decode step."""
+        if not self.steps:
+            return None
+        if self.link_bytes is not None:
+            return (self.link_bytes - self.prefill_link_bytes) / self.steps
+        moved = self.fetched + self.prefetched - self.prefill_moved
+        return moved * self.record_bytes / self.steps
+
+    def add(self, totals: Totals | None, *, prefill: bool) -> None:
+        """Count one step, whose totals are on the host."""
+        if totals is None:
+            return
+        for name in ("fetched", "prefetched", "host", "low"):
+            setattr(self, name, getattr(self, name) + int(getattr(totals, name)))
+        if prefill:
+            self.prefill_moved += int(totals.fetched) + int(totals.prefetched)
+            self.prefill_prefetched += int(totals.prefetched)
+            self.prefill_needed += int(totals.needed)
+            self.prefill_hits += int(totals.hits)
+            return
+        for name in _IN_DECODE:
+            setattr(self, name, getattr(self, name) + int(getattr(totals, name)))
+        self.replaced_mass += float(totals.replaced_mass)
+        self.stall_seconds += float(totals.stall) / 1e6
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields and derived figures, for JSON."""
+        names = ("hit_rate", "exact_hit_rate", "prediction_precision", "prefetch_use")
+        names += ("tpot", "bytes_moved", "bytes_per_step")
+        derived = {name: getattr(self, name) for name in names}
+        return dataclasses.asdict(self) | derived
