@@ -151,10 +151,11 @@ class _Work:
             _, rows = kernels.experts(layout, source, index, plan, layer.x, rows)
         moved, prefetched = Moved.none(), jnp.int32(0)
         if policy.predictor.horizon and not (layer.prefill and policy.predictor.attends):
+            resident = pending & there
+            shelf, rows, _, cost = supply.compute(shelf, None, resident, plan, layer.x, rows)
             shelf, copies = supply.find(shelf, keys, pending, order)
-            shelf, rows = supply.run(shelf, pending & there & ~late, plan, layer.x, rows)
-            pending = pending & (~there | late)
-            moved = moved.add(copies.count, jnp.int32(0), jnp.int32(0))
+            pending = pending & ~there
+            moved = moved.add(copies.count, *cost)
             memory, shelf, kv, prefetched = self._prefetch(memory, shelf, kv, plan, rows)
             shelf = supply.copy(shelf, copies, rows)
         if policy.placement.uses_host:

@@ -155,18 +155,12 @@ class Engine:
             raise InputError(f"seed must be in [0, 2^32), got {seed}")
         check_room(state, [len(p) for p in prompts], max_new_tokens - 1, context=self.context)
         begun = time.perf_counter()
-        key = jax.random.key(seed)
-        policy, costs = self.policy, Costs(self.policy, self.link)
-        drift = self.drift and Drift(self.drift, policy)
-        stats.drift = drift and drift.stats
+        run = _Run(self, stats, sampling, jax.random.key(seed), seen, top)
         pending = np.full(len(prompts), -1, np.int32)
-        drawn, done = None, 0
-        before = self.link.stats().bytes if self.link else 0
+        done = 0
         stats.prompt_tokens += sum(len(p) for p in prompts)
         for tokens in chunks(prompts):
-            fixed = (self.model, policy, self.params, self.store)
-            state, seen, drawn = generate_step(*fixed, state, tokens, sampling, key, seen, top=top)
-            drawn = self._taken(drawn, stats, before, prefill=True)
+            state, drawn = run.step(state, tokens, prefill=True)
             size = tokens.shape[1]
             ends = [done < len(p) <= done + size for p in prompts]
             done += size
@@ -184,18 +178,7 @@ class Engine:
                 return
             begun = time.perf_counter()
             tokens = np.where(finished, -1, pending)[:, None].astype(np.int32)
-            exact, fixed = None, (self.model, policy, self.params, self.store)
-            if drift and drift.due():
-                state, exact = self._probe(state, tokens, policy, stats)
-            state, seen, drawn = generate_step(
-                *fixed, state, tokens, sampling, key, seen, exact, top=top
-            )
-            drawn = self._taken(drawn, stats, before, prefill=False)
-            if exact is not None:
-                policy = drift.learn(policy, drawn.drift[~finished])
-            if costs.active:
-                policy = costs.learn(policy)
-                stats.load_us, stats.host_us = costs.load_us, costs.host_us
+            state, drawn = run.decode(state, tokens, ~finished)
             fresh = _collect(drawn, ~finished)
             stats.decode_seconds += time.perf_counter() - begun
             stats.steps += 1
@@ -205,33 +188,88 @@ class Engine:
             yield state, fresh
             finished |= np.isin(pending, list(stop_ids))
 
-    def _probe(
-        self, state: DecodeState, tokens: np.ndarray, policy: Policy, stats: Stats
-    ) -> tuple[DecodeState, jax.Array]:
-        """Make the step with the model's own routing, and take it back: only its logits stay."""
-        begun, length = time.perf_counter(), np.asarray(state.length)
-        state, out = decode_step(
-            self.model, with_alpha(policy, 0.0), self.params, self.store, state, tokens
-        )
-        check_arrived(self.store, out)
-        fetched = int((out.trace.fetched + out.trace.prefetched).sum())
-        stats.fetched += fetched
-        stats.drift.fetched += fetched
-        stats.drift.seconds += time.perf_counter() - begun
-        return rewind(state, length), out.logits
 
-    def _taken(self, drawn: Drawn, stats: Stats, before: int, *, prefill: bool) -> Drawn:
-        """What a step chose, on the host and counted; LinkError if it was not made."""
+class _Run:
+    """One run of an engine: what changes from step to step beside the state."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        stats: Stats,
+        sampling: Sampling,
+        key: jax.Array,
+        seen: jax.Array | None,
+        top: int,
+    ):
+        self.engine, self.stats, self.link = engine, stats, engine.link
+        self.sampling, self.key, self.seen, self.top = sampling, key, seen, top
+        self.policy = engine.policy
+        self.costs = Costs(engine.policy, engine.link)
+        self.drift = engine.drift and Drift(engine.drift, engine.policy)
+        stats.drift = self.drift and self.drift.stats
+        self.before = self.link.stats().bytes if self.link else 0
+
+    def decode(
+        self, state: DecodeState, tokens: np.ndarray, active: np.ndarray
+    ) -> tuple[DecodeState, Drawn]:
+        """One decode step of tokens [B, 1], after which the policy's live numbers follow."""
+        exact = None
+        if self.drift and self.drift.due():
+            state, exact = self._probe(state, tokens)
+        state, drawn = self.step(state, tokens, exact, prefill=False)
+        if exact is not None:
+            self.policy = self.drift.learn(self.policy, drawn.drift[active])
+        if self.costs.active:
+            self.policy = self.costs.learn(self.policy)
+            self.stats.load_us, self.stats.host_us = self.costs.load_us, self.costs.host_us
+        return state, drawn
+
+    def step(
+        self,
+        state: DecodeState,
+        tokens: np.ndarray,
+        exact: jax.Array | None = None,
+        *,
+        prefill: bool,
+    ) -> tuple[DecodeState, Drawn]:
+        """One step, counted, and what it chose, on the host; LinkError if it was not made."""
+        engine, stats = self.engine, self.stats
+        state, self.seen, drawn = generate_step(
+            engine.model,
+            self.policy,
+            engine.params,
+            engine.store,
+            state,
+            tokens,
+            self.sampling,
+            self.key,
+            self.seen,
+            exact,
+            top=self.top,
+        )
         drawn = jax.device_get(drawn)
         if drawn.totals is not None and drawn.totals.failure:
             why = self.link.last_error() if self.link else f"status {int(drawn.totals.failure)}"
             raise LinkError(f"expert records did not arrive: {why}; the step was not made")
         stats.add(drawn.totals, prefill=prefill)
         if self.link is not None:
-            stats.link_bytes = self.link.stats().bytes - before
+            stats.link_bytes = self.link.stats().bytes - self.before
             if prefill:
                 stats.prefill_link_bytes = stats.link_bytes
-        return drawn
+        return state, drawn
+
+    def _probe(self, state: DecodeState, tokens: np.ndarray) -> tuple[DecodeState, jax.Array]:
+        """Make the step with the model's own routing, and take it back: only its logits stay."""
+        engine, stats = self.engine, self.stats
+        begun, length = time.perf_counter(), np.asarray(state.length)
+        exact = with_alpha(self.policy, 0.0)
+        state, out = decode_step(engine.model, exact, engine.params, engine.store, state, tokens)
+        check_arrived(engine.store, out)
+        fetched = int((out.trace.fetched + out.trace.prefetched).sum())
+        stats.fetched += fetched
+        stats.drift.fetched += fetched
+        stats.drift.seconds += time.perf_counter() - begun
+        return rewind(state, length), out.logits
 
 
 def _collect(drawn: Drawn, active: np.ndarray) -> list[Token]:

@@ -4,13 +4,14 @@ import os
 import pathlib
 from typing import Any
 
-from moejax import allocator, decode, devices, orbax_directory, tiers, warm
+from moejax import allocator, decode, devices, low_bits, orbax_directory, tiers, warm
 from moejax.checkpoints import convert, gguf_file, gguf_model, headers, hf
 from moejax.checkpoints.rules import WeightMap
 from moejax.config import ModelConfig, read_config_json
 from moejax.errors import BudgetError, CheckpointError, InputError
 from moejax.formats import quant_format
 from moejax.hub import resolve
+from moejax.kernels.transport import Store
 from moejax.layout import DTYPES
 from moejax.models import config_from_hf, family
 from moejax.models.family import weight_map
@@ -18,6 +19,7 @@ from moejax.models.transformer import Decoder
 from moejax.policy import Policy
 from moejax.policy import policy as named_policy
 from moejax.runtime import Runtime
+from moejax.state import ExpertStore
 from moejax.units import parse_bytes
 
 
@@ -59,8 +61,9 @@ def load(
         context: tokens per sequence that the KV cache holds; default the model's, at most 4096.
         batch: sequences at once that a budget must hold the KV caches of.
         virtual: the tables say what is resident, weights are read in place and nothing is copied.
-        link: "disk" reads experts from a bank into slots; "paced:GB_PER_S,LATENCY_US" moves them
-            from memory at that rate. Without a GPU only.
+        link: "disk" reads experts from a bank into slots; "paced:GB_PER_S,LATENCY_US[,HOST_US]"
+            moves them from memory at that rate, and takes at least HOST_US microseconds for each
+            that is computed on the host. Without a GPU only.
         kernels: "reference", "native" (for CPUs, there the default where they can be built) or
             "pallas" (for GPUs, not confirmed on one yet).
         check_records: compare the checksum of every record read from a disk.
@@ -80,15 +83,15 @@ def load(
     quant = _quantised(source, quant_format(quant, group))
     memory = None if device_memory is None else parse_bytes(device_memory)
     _bound_allocator(config, quant or dtype, memory)  # before anything starts JAX
-    chosen = named_policy(policy) if config.moe_layers else None
+    budgeted = memory is not None or host_memory is not None
+    chosen = _policy(config, policy, budgeted)
     context = decode.checked_context(config, context)
     model = Decoder(config, dtype, quant, devices.kernels(kernels))
-    total = config.num_moe_layers * config.num_experts
     if memory is not None:
         slots = devices.slots_for(model, chosen, memory, context, batch)
     if host_memory is not None:
         over, slots = tiers.on_host(model, chosen, parse_bytes(host_memory), context, batch, over)
-    slots = _checked_slots(config, slots)
+    slots, total = _checked_slots(config, slots), config.num_moe_layers * config.num_experts
     tiers.check(over, model, virtual)
     if over and over.kind == "disk":
         source = tiers.bank_directory(source, _weights(model), quant, progress)
@@ -98,14 +101,14 @@ def load(
         config=config,
         model=model,
         params=devices.dense_params(flat),
-        store=devices.store(config, records, quant or dtype, on_device=slots == total, link=opened),
+        store=_store(model, chosen, records, slots == total, opened),
         policy=chosen,
         slots=slots,
         context=context,
         generation_config=_generation_config(directory),
         directory=directory,
         virtual=virtual,
-        max_batch=batch if memory is not None or host_memory is not None else None,
+        max_batch=batch if budgeted else None,
         link=opened,
         tier=str(over) if over else None,
         residency_file=residency_file,
@@ -119,6 +122,15 @@ def _check_arguments(dtype: str, slots: Any, device: Any, host: Any, batch: Any)
         raise BudgetError("give only one of device_memory, host_memory and slots")
     if not isinstance(slots, int | None) or not isinstance(batch, int) or batch < 1:
         raise InputError(f"slots and batch must be whole numbers, not {slots!r} and {batch!r}")
+
+
+def _policy(config: ModelConfig, policy: str | Policy, budgeted: bool) -> Policy | None:
+    """The policy of that name, None for dense models."""
+    if not config.moe_layers:
+        return None
+    chosen = named_policy(policy)
+    low_bits.check(chosen, budgeted)
+    return chosen
 
 
 def _checked_slots(config: ModelConfig, slots: int | None) -> int:
@@ -174,6 +186,14 @@ def _read(
         return convert.load_converted(source, weights)
     weights = weights.quantised(model.quant)
     return hf.load(source, weights, check_finite=check_finite, progress=progress)
+
+
+def _store(
+    model: Decoder, chosen: Policy | None, records: Any, on_device: bool, link: Store | None
+) -> ExpertStore | None:
+    form = model.quant or model.dtype
+    store = devices.store(model.config, records, form, on_device=on_device, link=link)
+    return low_bits.for_policy(chosen, store)
 
 
 def _weights(model: Decoder) -> WeightMap:

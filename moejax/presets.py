@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from moejax.alternatives import CacheBoost
+from moejax.alternatives import CacheBoost, LowBitFallback
 from moejax.errors import PolicyError
 from moejax.eviction import LRU, Evictor
 from moejax.evictors import (
@@ -149,6 +149,16 @@ def smoe_released(alpha: float = 0.25, load: float = 3.0, host: float = 1.0) -> 
     )
 
 
+def low_bit(alpha: float = 0.25) -> Policy:
+    """Missing low-score experts run from int4 copies that stay in fast memory (after HOBBIT)."""
+    return Policy(
+        router=LowBitFallback(alpha=jnp.float32(alpha)),
+        evictor=LRU(),
+        placement=FetchAll(),
+        capacity=jnp.int32(UNLIMITED),
+    )
+
+
 def cache_boost(boost: float = 0.5, keep: int = 1) -> Policy:
     """Cache-conditional experts (arXiv 2412.00099): resident experts score higher."""
     return Policy(
@@ -180,6 +190,7 @@ PRESETS: dict[str, Callable[..., Policy]] = {
         smoe_fetch,
         smoe_released,
         cache_boost,
+        low_bit,
     )
 }
 

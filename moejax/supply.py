@@ -161,7 +161,7 @@ class Supply:
         kept = jnp.zeros_like(wanted).at[order].set(absent & (jnp.cumsum(absent) <= room))
         return (wanted & there) | kept
 
-    def run(
+    def _run(
         self, shelf: Shelf, chosen: jax.Array, plan: Any, x: jax.Array, rows: jax.Array
     ) -> tuple[Shelf, jax.Array]:
         """Run the experts `chosen` [E], whose records are all in their slots."""
@@ -192,13 +192,16 @@ class Supply:
     def compute(
         self,
         shelf: Shelf,
-        copies: tables.Copies,
+        copies: tables.Copies | None,
         pending: jax.Array,
         plan: Any,
         x: jax.Array,
         rows: jax.Array,
     ) -> tuple[Shelf, jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
         """Run those of the experts `pending` [E] that have a slot, once their records are there.
+
+        Args:
+            copies: what to copy into slots before, None = nothing.
 
         Returns:
             The shelf, the rows, which experts ran [E], and (stall, failure) of this pass.
@@ -207,7 +210,9 @@ class Supply:
         run = pending & (slots >= 0)
         if shelf.arriving is not None:
             return self._compute_over_link(shelf, slots, run, plan, x, rows)
-        shelf, rows = self.run(self.copy(shelf, copies, rows), run, plan, x, rows)
+        if copies is not None:
+            shelf = self.copy(shelf, copies, rows)
+        shelf, rows = self._run(shelf, run, plan, x, rows)
         zero = jnp.int32(0)
         return shelf, rows, run, (zero, zero)
 
