@@ -1,35 +1,18 @@
 """The command line: options and exit codes. JAX is imported only when a command runs."""
 
-import contextlib
-import functools
-import os
 import pathlib
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
-from moejax import errors
+from moejax import exits
 from moejax import options as opt
 
-EXIT_CODES: dict[type[errors.MoejaxError], int] = {
-    errors.InputError: 2,
-    errors.PolicyError: 2,
-    errors.ConfigError: 3,
-    errors.UnsupportedModelError: 3,
-    errors.CheckpointError: 3,
-    errors.TokenizerError: 3,
-    errors.BudgetError: 4,
-    errors.HubError: 5,
-    errors.LinkError: 3,
-    errors.NonFiniteError: 6,
-}
-INTERNAL, INTERRUPTED, BROKEN_PIPE = 70, 130, 141
 EPILOG = (
-    "Exit codes: 0 done; 1 `doctor` found a failure; 2 options, prompt or policy; 3 model files; "
-    "4 memory budget; 5 download; 6 NaN or infinity; 70 a bug in moejax; 130 Ctrl-C."
+    "Exit codes: 0 done; 1 `doctor` found a failure or `tune` no alpha; 2 options, prompt or "
+    "policy; 3 model files; 4 memory budget; 5 download; 6 NaN or infinity; 70 a bug in moejax; "
+    "130 Ctrl-C."
 )
 
 app = typer.Typer(
@@ -41,73 +24,11 @@ app = typer.Typer(
 )
 
 
-def exit_code(error: errors.MoejaxError) -> int:
-    """The documented exit code of an error: that of its nearest listed class."""
-    return next((EXIT_CODES[c] for c in type(error).__mro__ if c in EXIT_CODES), INTERNAL)
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message with its lines joined."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    joined = "".join(f"{line} " if line.endswith(":") else f"{line}; " for line in lines)
-    return joined.strip().removesuffix(";") or type(error).__name__
-
-
 def command(function: Callable) -> Callable:
     """Register a command whose errors become one line on stderr and an exit code."""
-
-    @functools.wraps(function)
-    def guarded(**options: Any) -> None:
-        try:
-            with _leaving_on_interrupt():
-                function(**options)
-                sys.stdout.flush()
-        except BrokenPipeError:
-            # Nobody reads stdout any more; without this Python would complain when it flushes it.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(BROKEN_PIPE) from None
-        except KeyboardInterrupt:
-            raise SystemExit(INTERRUPTED) from None
-        except errors.MoejaxError as error:
-            _fail(one_line(error), exit_code(error))
-        except (typer.Exit, typer.Abort):
-            raise
-        except Exception as error:
-            if "MOEJAX_DEBUG" in os.environ:
-                raise
-            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-                reason = one_line(error)
-                _fail(f"out of memory, give a smaller --device-memory or --context: {reason}", 4)
-            name = type(error).__name__
-            hint = "a bug: please report it with the traceback that MOEJAX_DEBUG=1 shows"
-            _fail(f"{name}: {one_line(error)} ({hint})", INTERNAL)
-
-    app.command(epilog=EPILOG)(guarded)
-    return guarded
-
-
-@contextlib.contextmanager
-def _leaving_on_interrupt() -> Iterator[None]:
-    """Ctrl-C ends the process: KeyboardInterrupt raised inside an import can be swallowed there."""
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    signal.signal(signal.SIGINT, _leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _leave(number: int, frame: Any) -> None:
-    if sys.stderr.isatty():
-        os.write(sys.stderr.fileno(), b"\x1b[?25h\n")  # a progress bar hides the cursor
-    os._exit(INTERRUPTED)
-
-
-def _fail(message: str, code: int) -> None:
-    print(f"moejax: {message}", file=sys.stderr)
-    raise SystemExit(code)
+    made = exits.guarded(function)
+    app.command(epilog=EPILOG)(made)
+    return made
 
 
 def _print_version(asked: bool) -> None:
@@ -126,23 +47,6 @@ def options(
     ] = False,
 ) -> None:
     """Run Mixture-of-Experts language models whose experts do not fit the device."""
-
-
-def _sampling(
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    repetition_penalty: float | None,
-) -> dict[str, Any]:
-    given = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-    }
-    return {name: value for name, value in given.items() if value is not None}
 
 
 @command
@@ -175,6 +79,8 @@ def generate(
     residency_file: opt.ResidencyFile = None,
     check_records: opt.CheckRecords = False,
     logprobs: Annotated[int, typer.Option(min=0, help="Likeliest tokens beside each, --json.")] = 0,
+    drift_budget: opt.DriftBudget = None,
+    drift_every: opt.DriftEvery = None,
     virtual: opt.Virtual = False,
     warm_up: opt.WarmUp = True,
     json: opt.AsJson = False,
@@ -184,28 +90,18 @@ def generate(
 
     Text goes to stdout; progress and a table of what it cost go to stderr.
     """
-    load = opt.for_load(locals())
+    load, sampling = opt.for_load(locals()), opt.for_sampling(locals())
     from moejax import commands
     from moejax.terminal import Terminal
 
     terminal = Terminal(quiet)
     prompts = commands.read_prompts(prompt or [], file or [])
+    options = {"logprobs": logprobs, "drift": commands.drift_budget(drift_budget, drift_every)}
     runtime = commands.load_model(terminal, model, batch=len(prompts), **load)
-    sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     if warm_up:
-        options = {"sampling": sampling, "logprobs": logprobs}
-        commands.warm_up(terminal, runtime, batch=len(prompts), **options)
-    commands.generate(
-        terminal,
-        runtime,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        stop=stop,
-        seed=seed,
-        logprobs=logprobs,
-        as_json=json,
-    )
+        commands.warm_up(terminal, runtime, batch=len(prompts), sampling=sampling, **options)
+    options |= {"stop": stop, "seed": seed}
+    commands.generate(terminal, runtime, prompts, max_new_tokens, sampling, options, json)
 
 
 @command
@@ -241,13 +137,12 @@ def chat(
 
     Without a terminal, each line of stdin is a turn and the answers go to stdout.
     """
-    load = opt.for_load(locals())
+    load, sampling = opt.for_load(locals()), opt.for_sampling(locals())
     from moejax import commands
     from moejax.terminal import Terminal
 
     terminal = Terminal(quiet)
     runtime = commands.load_model(terminal, model, **load)
-    sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     if warm_up:
         commands.warm_up(terminal, runtime, sampling=sampling)
     from moejax import conversation
@@ -338,6 +233,58 @@ def bench(
     times = {"reps": reps, "batch": batch, "seed": seed, "bandwidth": bandwidth}
     load["batch"] = batch
     commands.bench(Terminal(quiet), what, model, pp, tg, load=load, times=times, formats=chosen)
+
+
+@command
+def tune(
+    what: Annotated[str, typer.Argument(help="'alpha', the loss that a lossy policy may make.")],
+    tpot_budget: Annotated[float, typer.Option(help="Milliseconds per decode step.", metavar="MS")],
+    prompt: Annotated[str | None, typer.Option(help="Text to continue; else a built-in.")] = None,
+    file: Annotated[
+        pathlib.Path | None, typer.Option("--file", "-f", help="Read that text from a file.")
+    ] = None,
+    model: opt.Model = "tiny",
+    slots: opt.Slots = None,
+    device_memory: opt.DeviceMemory = None,
+    policy: opt.PolicyName = "smoe-fetch",
+    alphas: Annotated[str, typer.Option(help="What to measure.")] = "0,0.15,0.3,0.45,0.6",
+    degree: Annotated[int, typer.Option(min=1, help="Of the polynomial that is fitted.")] = 2,
+    tokens: Annotated[int, typer.Option(min=1, help="Decode steps of each run.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each alpha, in turn; median.")] = 3,
+    seed: opt.Seed = 0,
+    context: opt.Context = None,
+    dtype: opt.Dtype = "bfloat16",
+    quant: opt.Quant = None,
+    group: opt.Group = 32,
+    host_memory: opt.HostMemory = None,
+    link: opt.Link = None,
+    kernels: opt.Kernels = None,
+    virtual: opt.Virtual = False,
+    json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Measure a lossy policy at a few alphas and choose the least that meets a time per token.
+
+    A fit through the measurements chooses, and its choice is measured too. Exit code 1 if no
+    alpha will do.
+    """
+    load = opt.for_load(locals())
+    from moejax import policy_commands
+    from moejax.terminal import Terminal
+
+    fit = {"budget_ms": tpot_budget, "alphas": alphas, "degree": degree}
+    text = {"prompt": prompt, "file": file}
+    runs = {"tokens": tokens, "rounds": rounds, "seed": seed}
+    if not policy_commands.tune(Terminal(quiet), what, model, load, fit, text, runs, json):
+        raise typer.Exit(1)
+
+
+@command
+def policies(json: opt.AsJson = False) -> None:
+    """List the policies that --policy names, with their numbers."""
+    from moejax import policy_commands
+
+    policy_commands.policies(json)
 
 
 @command

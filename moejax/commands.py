@@ -1,5 +1,6 @@
 """What each command does; `cli.py` declares its options."""
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moejax.errors import CheckpointError, InputError
+from moejax.report import show_stats, stats_document
 from moejax.terminal import Terminal, table
 from moejax.units import format_bytes, parse_bytes
 
@@ -28,10 +30,31 @@ def load_model(terminal: Terminal, model: str, **options: Any) -> Any:
         return load(model, progress=report, **options)
 
 
-def warm_up(terminal: Terminal, runtime: Any, **options: Any) -> None:
+def warm_up(
+    terminal: Terminal, runtime: Any, *, batch: int = 1, drift: Any = None, **options: Any
+) -> None:
     """Compile before the clock starts."""
     with terminal.status("compiling (not counted below)"):
-        runtime.warm_up(**options)
+        runtime.warm_up(batch, **options)
+        if drift is not None:  # one step that is looked at, and one that is not
+            often = dataclasses.replace(drift, every=2)
+            alone = dataclasses.replace(runtime, residency_file=None)  # which it would write
+            alone.generate([[0]] * batch, 3, drift=often, **options)
+
+
+def drift_budget(nats: float | None, every: int | None) -> Any:
+    """The budget that --drift-budget and --drift-every ask for, None for none.
+
+    Raises:
+        InputError: a number out of range, or steps without a budget.
+    """
+    if nats is None:
+        if every is not None:
+            raise InputError("--drift-every says how often: give --drift-budget too")
+        return None
+    from moejax.live import DriftBudget
+
+    return DriftBudget(nats) if every is None else DriftBudget(nats, every)
 
 
 def read_prompts(given: Sequence[str], files: Sequence[pathlib.Path]) -> list[str]:
@@ -57,21 +80,23 @@ def generate(
     terminal: Terminal,
     runtime: Any,
     prompts: list[str],
-    *,
     max_new_tokens: int,
     sampling: dict[str, Any],
-    stop: Sequence[str],
-    seed: int,
-    logprobs: int,
+    options: dict[str, Any],
     as_json: bool,
 ) -> None:
-    """Complete prompts: a single one is streamed to stdout, several are printed in order."""
-    options = {"stop": stop, "seed": seed, "logprobs": logprobs}
+    """Complete prompts: a single one is streamed to stdout, several are printed in order.
+
+    Args:
+        options: as `Runtime.stream` takes them.
+    """
     if as_json or len(prompts) > 1:
         with terminal.status("generating"):
             completions = runtime.generate(prompts, max_new_tokens, sampling, **options)
         if as_json:
+            drift = options["drift"] and dataclasses.asdict(options["drift"])
             settings = {"max_new_tokens": max_new_tokens, "sampling": sampling, **options}
+            settings["drift"] = drift
             print_json(_as_document(runtime, prompts, completions, settings))
         else:
             for i, completion in enumerate(completions):
@@ -118,60 +143,6 @@ def _policy_document(policy: Any) -> dict[str, Any] | None:
     parts = ("router", "evictor", "placement", "predictor", "cutoff", "speculation")
     names = {name: type(getattr(policy, name)).__name__ for name in parts}
     return names | {"capacity": int(policy.capacity)}
-
-
-def stats_document(runtime: Any) -> dict[str, Any]:
-    """What a run cost, and under which budget."""
-    total = runtime.config.num_moe_layers * runtime.config.num_experts
-    budget = {"slots": runtime.slots, "experts": total, "context": runtime.context}
-    model = runtime.model
-    how = {"dtype": model.dtype, "quant": model.quant, "kernels": model.kernels}
-    return runtime.stats.as_dict() | budget | how | {"link": runtime.tier}
-
-
-def show_stats(terminal: Terminal, runtime: Any) -> None:
-    """The table under an answer."""
-    terminal.facts(stats_rows(runtime))
-
-
-def stats_rows(runtime: Any) -> list[tuple[str, str]]:
-    """What a run cost, for people."""
-    stats, config = runtime.stats, runtime.config
-    total = config.num_moe_layers * config.num_experts
-    rows = [("tokens", f"{stats.prompt_tokens} in, {stats.new_tokens} out")]
-    if stats.ttft is not None:
-        rows.append(("time to first token", f"{stats.ttft * 1e3:.1f} ms"))
-    if stats.tpot is not None:
-        rate = f"{1 / stats.tpot:.1f} steps/s"
-        rows.append(("time per output token", f"{stats.tpot * 1e3:.2f} ms ({rate})"))
-    if total:
-        slots = runtime.slots_in_use
-        rows.append(("experts resident", f"{slots} of {total} ({slots / total:.0%})"))
-        if stats.hit_rate is not None:
-            hits = f"{stats.hits} of {stats.needed}"
-            rows.append(("expert hit rate", f"{stats.hit_rate:.1%} ({hits} uses in decode)"))
-        before = format_bytes(stats.prefill_moved * stats.record_bytes)
-        each = format_bytes(stats.bytes_per_step or 0)
-        name = (
-            "would be copied" if stats.virtual else "read" if runtime.tier == "disk" else "copied"
-        )
-        rows.append((f"expert bytes {name}", f"{before} in prefill, {each} per decode step"))
-    if runtime.tier:
-        waited = (
-            f", waited {stats.stall_seconds / max(stats.steps, 1) * 1e3:.2f} ms per decode step"
-        )
-        rows.append(("link", runtime.tier + waited))
-    rows.append(("result", _label(stats, runtime.model.quant)))
-    return rows
-
-
-def _label(stats: Any, quant: str | None) -> str:
-    of = f" of the {quant} model" if quant else ""
-    return {
-        "bit-exact": f"bit-exact: the bits of the fully resident run{of}",
-        "faithful": "faithful: the model's own routing and experts",
-        "lossy": f"lossy: {stats.replaced_mass:.3g} of router weight went to stand-ins",
-    }[stats.label]
 
 
 def inspect(terminal: Terminal, model: str, context: int | None, verify: bool, as_json: bool):

@@ -49,9 +49,12 @@ class ScoreWindow:
     def observe(self, memory: WindowMemory, access: Access) -> WindowMemory:
         """Record the step; renew the means of this layer from its rows."""
         layer, is_step = access.layer, access.valid.any()
-        row = memory.next[layer]
-        score = jnp.where(is_step, _mean_score(access), memory.scores[layer, row])
-        scores = memory.scores.at[layer, row].set(score)
+        row, size = memory.next[layer], (1, 1, access.scores.shape[1])
+        # Slices, not `at`, which XLA makes a loop of: this runs in every layer of every token.
+        at = (layer, row, jnp.int32(0))
+        old = jax.lax.dynamic_slice(memory.scores, at, size)
+        score = jnp.where(is_step, _mean_score(access), old)
+        scores = jax.lax.dynamic_update_slice(memory.scores, score, at)
         row = (row + is_step) % self.size
         seen = jnp.minimum(memory.seen[layer] + is_step, self.size)
         # Summed anew each time: running sums would drift.

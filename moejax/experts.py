@@ -12,7 +12,7 @@ from moejax.eviction import Access
 from moejax.kernels.transport import Kind
 from moejax.placement import Demand
 from moejax.policy import Policy
-from moejax.prediction import Ahead, View
+from moejax.prediction import Ahead, View, in_order, ranks
 from moejax.routing import Routing
 from moejax.state import ExpertCache, ExpertStore, PolicyMemory, pytree, static
 from moejax.supply import Moved, Shelf, Supply, layer_slots
@@ -151,10 +151,10 @@ class _Work:
             _, rows = kernels.experts(layout, source, index, plan, layer.x, rows)
         moved, prefetched = Moved.none(), jnp.int32(0)
         if policy.predictor.horizon and not (layer.prefill and policy.predictor.attends):
-            resident = pending & there
-            shelf, rows, _, cost = supply.compute(shelf, None, resident, plan, layer.x, rows)
+            ready = pending & there & ~account.fresh
+            shelf, rows, _, cost = supply.compute(shelf, None, ready, plan, layer.x, rows)
             shelf, copies = supply.find(shelf, keys, pending, order)
-            pending = pending & ~there
+            pending = pending & ~ready
             moved = moved.add(copies.count, *cost)
             memory, shelf, kv, prefetched = self._prefetch(memory, shelf, kv, plan, rows)
             shelf = supply.copy(shelf, copies, rows)
@@ -237,14 +237,15 @@ class _Work:
         memory = dataclasses.replace(memory, predictor=remembered)
         priority = predictor.wanted(remembered, view, target, self.ahead)
         useful = (ahead == target) & layer.valid.any() & policy.cutoff.allows(target)
-        wanted, order = (priority > 0) & useful, jnp.argsort(-priority).astype(jnp.int32)
-        shield = forecast.shield(memory, layer.index, self.used.needed)
-        wanted = later.within_room(shelf, wanted, order, shield)
+        wanted, rank = (priority > 0) & useful, ranks(priority)
+        shield, order = forecast.shield(memory, layer.index, self.used.needed), in_order(rank)
+        wanted = later.within_room(shelf, wanted, rank, shield)
         keys = forecast.greatest(policy.evictor.keys(memory.evictor, target), shield)
         shelf, copies = later.find(shelf, keys, wanted, order)
         shelf = later.deliver(shelf, copies, wanted, order, layer.x)
+        brought = wanted & ~view.resident & (later.slots(shelf.residency) >= 0)
         capacity = later.capacity(shelf.residency)
-        memory = forecast.promise(memory, target, wanted, order, copies, capacity)
+        memory = forecast.promise(memory, target, wanted, rank, brought, capacity)
         return memory, shelf, kv, copies.count
 
     def _exact_picks(self) -> tuple[jax.Array, jax.Array]:

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moejax.residency import Copies
+from moejax.prediction import first
 from moejax.state import Forecast, PolicyMemory, pytree
 
 
@@ -17,6 +17,7 @@ class Account:
     right: jax.Array  # [] i32, of those, needed
     used: jax.Array  # [] i32, prefetched records used here the first time
     wanted: jax.Array  # [E] bool, the predicted experts
+    fresh: jax.Array  # [E] bool, prefetched and used here the first time, if at all
 
 
 def resolve(
@@ -30,8 +31,8 @@ def resolve(
     """
     experts, book = needed.shape[0], memory.forecast
     if book is None:
-        none = jnp.int32(0)
-        return memory, Account(predicted=none, right=none, used=none, wanted=jnp.zeros_like(needed))
+        zero, none = jnp.int32(0), jnp.zeros_like(needed)
+        return memory, Account(predicted=zero, right=zero, used=zero, wanted=none, fresh=none)
     start = (layer * experts,)
     wanted = jax.lax.dynamic_slice(book.wanted, start, (experts,))
     # A record that has left since it was prefetched is not prefetched any more.
@@ -41,6 +42,7 @@ def resolve(
         right=(wanted & needed).sum(dtype=jnp.int32),
         used=(fresh & needed).sum(dtype=jnp.int32),
         wanted=wanted,
+        fresh=fresh,
     )
     book = Forecast(
         wanted=jax.lax.dynamic_update_slice(book.wanted, jnp.zeros_like(wanted), start),
@@ -70,26 +72,24 @@ def promise(
     memory: PolicyMemory,
     target: jax.Array,
     wanted: jax.Array,
-    order: jax.Array,
-    copies: Copies,
+    rank: jax.Array,
+    brought: jax.Array,
     capacity: jax.Array,
 ) -> PolicyMemory:
     """Note what is predicted for layer `target`, best first: at most half of the slots in all.
 
     Args:
         wanted: [E] bool.
-        order: [E] i32, best first.
-        copies: the records that are brought for it.
+        rank: [E] i32, 0 = best.
+        brought: [E] bool, those of them that were given a slot now.
     """
-    book, experts = memory.forecast, wanted.shape[0]
+    book, start = memory.forecast, (target * wanted.shape[0],)
     left = capacity // 2 - book.wanted.sum(dtype=jnp.int32)
-    ranked = wanted[order]
-    kept = jnp.zeros_like(wanted).at[order].set(ranked & (jnp.cumsum(ranked) <= left))
-    brought = jnp.where(jnp.arange(experts) < copies.count, copies.expert, book.fresh.shape[0])
-    start = (target * experts,)
-    before = jax.lax.dynamic_slice(book.wanted, start, (experts,))
+    before = jax.lax.dynamic_slice(book.wanted, start, wanted.shape)
+    fresh = jax.lax.dynamic_slice(book.fresh, start, wanted.shape)
+    kept = before | first(wanted & ~before, rank, left)
     book = Forecast(
-        wanted=jax.lax.dynamic_update_slice(book.wanted, before | kept, start),
-        fresh=book.fresh.at[brought].set(True, mode="drop"),
+        wanted=jax.lax.dynamic_update_slice(book.wanted, kept, start),
+        fresh=jax.lax.dynamic_update_slice(book.fresh, fresh | brought, start),
     )
     return dataclasses.replace(memory, forecast=book)

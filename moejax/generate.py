@@ -47,7 +47,7 @@ class Drawn:
     top_logprob: jax.Array  # [B, n] f32
     top_token: jax.Array  # [B, n] i32
     bad: jax.Array  # [B] bool, NaN or infinity in the logits
-    drift: jax.Array | None  # [B] f32, KL in nats from exact logits, if those were given
+    logits: jax.Array | None  # [B, V] f32, if they were asked for
     totals: Totals | None
 
 
@@ -68,7 +68,7 @@ def _draw(
     key: jax.Array,
     seen: Any,
     top: int,
-    exact: jax.Array | None,
+    logits: bool,
 ) -> Drawn:
     numbers = jnp.arange(out.logits.shape[0], dtype=jnp.int32)
     token = sample(out.logits, sampling, sequence_keys(key, numbers, length), seen)
@@ -79,12 +79,14 @@ def _draw(
         top_logprob=values,
         top_token=ids,
         bad=nonfinite_rows(out.logits),
-        drift=None if exact is None else divergence(exact, out.logits),
+        logits=out.logits if logits else None,
         totals=totals_of(out.trace),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("model", "top"), donate_argnames=("state", "seen"))
+@functools.partial(
+    jax.jit, static_argnames=("model", "top", "logits"), donate_argnames=("state", "seen")
+)
 def generate_step(
     model: Decoder,
     policy: Policy | None,
@@ -95,21 +97,18 @@ def generate_step(
     sampling: Sampling,
     key: jax.Array,
     seen: jax.Array | None,
-    exact: jax.Array | None = None,
     *,
     top: int = 0,
+    logits: bool = False,
 ) -> tuple[DecodeState, jax.Array | None, Drawn]:
     """Process tokens [B, T] (-1 = padding or a finished sequence) and draw the next ones.
 
     Donates `state` and `seen` [B, V], the mask of the repetition penalty (None without one).
-
-    Args:
-        exact: logits [B, V] of the model's own routing, to tell the drift from.
     """
     if seen is not None:
         seen = mark_seen(seen, jnp.maximum(tokens, 0), tokens >= 0)
     state, out = step(model, policy, params, store, state, tokens)
-    return state, seen, _draw(out, state.length, sampling, key, seen, top, exact)
+    return state, seen, _draw(out, state.length, sampling, key, seen, top, logits)
 
 
 @dataclasses.dataclass
@@ -213,12 +212,12 @@ class _Run:
         self, state: DecodeState, tokens: np.ndarray, active: np.ndarray
     ) -> tuple[DecodeState, Drawn]:
         """One decode step of tokens [B, 1], after which the policy's live numbers follow."""
-        exact = None
-        if self.drift and self.drift.due():
-            state, exact = self._probe(state, tokens)
-        state, drawn = self.step(state, tokens, exact, prefill=False)
-        if exact is not None:
-            self.policy = self.drift.learn(self.policy, drawn.drift[active])
+        looked = self.drift is not None and self.drift.due()
+        before = np.asarray(state.length) if looked else None
+        state, drawn = self.step(state, tokens, prefill=False, logits=looked)
+        if looked:
+            state, nats = self._probe(rewind(state, before), tokens, drawn.logits)
+            self.policy = self.drift.learn(self.policy, nats[active])
         if self.costs.active:
             self.policy = self.costs.learn(self.policy)
             self.stats.load_us, self.stats.host_us = self.costs.load_us, self.costs.host_us
@@ -228,9 +227,9 @@ class _Run:
         self,
         state: DecodeState,
         tokens: np.ndarray,
-        exact: jax.Array | None = None,
         *,
         prefill: bool,
+        logits: bool = False,
     ) -> tuple[DecodeState, Drawn]:
         """One step, counted, and what it chose, on the host; LinkError if it was not made."""
         engine, stats = self.engine, self.stats
@@ -244,8 +243,8 @@ class _Run:
             self.sampling,
             self.key,
             self.seen,
-            exact,
             top=self.top,
+            logits=logits,
         )
         drawn = jax.device_get(drawn)
         if drawn.totals is not None and drawn.totals.failure:
@@ -258,18 +257,32 @@ class _Run:
                 stats.prefill_link_bytes = stats.link_bytes
         return state, drawn
 
-    def _probe(self, state: DecodeState, tokens: np.ndarray) -> tuple[DecodeState, jax.Array]:
-        """Make the step with the model's own routing, and take it back: only its logits stay."""
+    def _probe(
+        self, state: DecodeState, tokens: np.ndarray, lossy: np.ndarray
+    ) -> tuple[DecodeState, np.ndarray]:
+        """Make a step again with the model's own routing; also the drift [B] of its logits.
+
+        After the lossy step, not before: its experts would be resident by then and the drift less.
+        The keys and values of this step stay.
+        """
         engine, stats = self.engine, self.stats
-        begun, length = time.perf_counter(), np.asarray(state.length)
+        begun = time.perf_counter()
         exact = with_alpha(self.policy, 0.0)
         state, out = decode_step(engine.model, exact, engine.params, engine.store, state, tokens)
         check_arrived(engine.store, out)
-        fetched = int((out.trace.fetched + out.trace.prefetched).sum())
-        stats.fetched += fetched
-        stats.drift.fetched += fetched
+        totals = jax.device_get(totals_of(out.trace))
+        stats.fetched += int(totals.fetched)
+        stats.prefetched += int(totals.prefetched)
+        stats.prefetch_used += int(totals.prefetch_used)
+        stats.drift.fetched += int(totals.fetched) + int(totals.prefetched)
+        if self.link is not None:
+            stats.link_bytes = self.link.stats().bytes - self.before
+        nats = np.asarray(_divergence(out.logits, lossy))
         stats.drift.seconds += time.perf_counter() - begun
-        return rewind(state, length), out.logits
+        return state, nats
+
+
+_divergence = jax.jit(divergence)
 
 
 def _collect(drawn: Drawn, active: np.ndarray) -> list[Token]:

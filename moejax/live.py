@@ -68,8 +68,8 @@ def _each(before: StoreStats, now: StoreStats, time: str, count: str) -> float |
 class DriftBudget:
     """How far a lossy run may drift from the model's own routing, and how often that is looked at.
 
-    Every `every` decode steps, the step is made with alpha 0 first; the divergence of its
-    distribution from that of the lossy step, on the same KV cache, steers alpha.
+    Every `every` decode steps, the first among them, the step is also made with alpha 0; the
+    divergence of the lossy step from that one, on the same KV cache, steers alpha.
     """
 
     nats: float  # mean KL divergence per token
@@ -98,7 +98,11 @@ class Drift:
     """Keeps alpha where the divergence meets its budget; the same seed gives the same alphas."""
 
     def __init__(self, budget: DriftBudget, policy: Policy):
-        """Raises PolicyError for a router without an alpha."""
+        """Raises PolicyError for a router without an alpha, or with one that is lossy at 0."""
+        if getattr(policy.router, "variant", None) == "share":
+            raise PolicyError(
+                "a drift budget cannot steer variant 'share', where 0 is the most loss"
+            )
         if not hasattr(policy.router, "alpha"):
             raise PolicyError(
                 f"a drift budget steers alpha, which {type(policy.router).__name__} has not: "

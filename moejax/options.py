@@ -28,7 +28,8 @@ HostMemory = Annotated[
 Link = Annotated[
     str | None,
     typer.Option(
-        help="Move experts from 'disk', or from memory at 'paced:GB_PER_S,LATENCY_US' (no GPU)."
+        help="Move experts from 'disk', or from memory at 'paced:GB_PER_S,LATENCY_US[,HOST_US]'; "
+        "HOST_US: least microseconds of an expert computed on the host (no GPU)."
     ),
 ]
 Quant = Annotated[str | None, typer.Option(help="Quantise while loading: int8 or int4.")]
@@ -44,7 +45,14 @@ ResidencyFile = Annotated[
 CheckRecords = Annotated[
     bool, typer.Option("--check-records", help="Compare the checksum of every record read.")
 ]
-PolicyName = Annotated[str, typer.Option("--policy", help="How experts are kept and fetched.")]
+PolicyName = Annotated[
+    str,
+    typer.Option(
+        "--policy",
+        help="How experts are chosen, kept and fetched, with numbers if they are to differ: "
+        "'smoe-fetch:alpha=0.3,window=32'. `moejax policies` lists them.",
+    ),
+]
 MaxNewTokens = Annotated[
     int, typer.Option("--max-new-tokens", "-n", min=1, help="At most this many tokens.")
 ]
@@ -65,6 +73,17 @@ Virtual = Annotated[bool, typer.Option("--virtual", help="Count transfers, but c
 WarmUp = Annotated[bool, typer.Option(help="Compile before the first token is timed.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]
+DriftBudget = Annotated[
+    float | None,
+    typer.Option(
+        help="Steer a lossy policy's alpha so that it drifts this many nats per token (KL) from "
+        "the model's own routing.",
+        metavar="NATS",
+    ),
+]
+DriftEvery = Annotated[
+    int | None, typer.Option(min=1, help="Decode steps from one look at the drift to the next; 16.")
+]
 
 # Options of the commands that run a model, named as `moejax.load` names them.
 LOADING = (
@@ -87,3 +106,11 @@ LOADING = (
 def for_load(given: dict[str, Any]) -> dict[str, Any]:
     """Those of a command's options that `moejax.load` takes."""
     return {name: given[name] for name in LOADING if name in given}
+
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def for_sampling(given: dict[str, Any]) -> dict[str, Any]:
+    """Those of a command's options that override the model's way to choose tokens."""
+    return {name: given[name] for name in SAMPLING if given[name] is not None}

@@ -245,5 +245,29 @@ def top_scores(scores: jax.Array, view: View, alpha: jax.Array | float) -> jax.A
 
 def best(priority: jax.Array, limit: jax.Array | int) -> jax.Array:
     """Priorities [E] with all but the `limit` greatest set to 0, ties to the lower expert."""
-    rank = jnp.argsort(jnp.argsort(-priority, stable=True), stable=True)
-    return jnp.where(rank < limit, priority, 0.0)
+    return jnp.where(ranks(priority) < limit, priority, 0.0)
+
+
+def ranks(priority: jax.Array) -> jax.Array:
+    """[E] i32 position of each expert from the greatest priority down, ties to the lower expert.
+
+    All pairs are compared: for the experts of one layer that is faster than sorting them.
+    """
+    number = jnp.arange(priority.shape[0])
+    # NaN is not wanted: it comes last.
+    priority = jnp.where(jnp.isnan(priority), -jnp.inf, priority)
+    mine, other = priority[:, None], priority[None, :]
+    before = (other > mine) | ((other == mine) & (number[None, :] < number[:, None]))
+    return before.sum(axis=1, dtype=jnp.int32)
+
+
+def in_order(rank: jax.Array) -> jax.Array:
+    """[E] i32 the experts from rank 0 on."""
+    number = jnp.arange(rank.shape[0], dtype=jnp.int32)
+    return jnp.where(rank[None, :] == number[:, None], number[None, :], 0).sum(axis=1)
+
+
+def first(chosen: jax.Array, rank: jax.Array, count: jax.Array) -> jax.Array:
+    """[E] the `count` of the chosen that have the lowest ranks."""
+    before = (chosen[None, :] & (rank[None, :] < rank[:, None])).sum(axis=1)
+    return chosen & (before < count)

@@ -15,6 +15,7 @@ from moejax import kernels
 from moejax import residency as tables
 from moejax.kernels import transport
 from moejax.policy import Policy
+from moejax.prediction import first
 from moejax.state import ExpertCache, ExpertStore, Residency, pytree
 
 TOGETHER = 4  # records that are waited for before their experts run, while others move
@@ -145,11 +146,13 @@ class Supply:
         return dataclasses.replace(shelf, arriving=_behind(shelf.arriving, token))
 
     def within_room(
-        self, shelf: Shelf, wanted: jax.Array, order: jax.Array, shield: jax.Array
+        self, shelf: Shelf, wanted: jax.Array, rank: jax.Array, shield: jax.Array
     ) -> jax.Array:
         """[E] those `wanted` that are there, and the first others, as many as there are slots for.
 
-        shield: [L * E] bool, experts that must not leave.
+        Args:
+            rank: [E] i32, who comes first.
+            shield: [L * E] bool, experts that must not leave.
         """
         residency = shelf.residency
         capacity = tables.usable(residency, self.experts, self.policy.capacity)
@@ -157,9 +160,7 @@ class Supply:
         free = tables.evictable(residency, self.layer, wanted & there, capacity)
         owner = residency.owner
         room = (free & ((owner < 0) | ~shield[jnp.maximum(owner, 0)])).sum()
-        absent = (wanted & ~there)[order]
-        kept = jnp.zeros_like(wanted).at[order].set(absent & (jnp.cumsum(absent) <= room))
-        return (wanted & there) | kept
+        return (wanted & there) | first(wanted & ~there, rank, room)
 
     def _run(
         self, shelf: Shelf, chosen: jax.Array, plan: Any, x: jax.Array, rows: jax.Array

@@ -15,9 +15,10 @@ from cli_models import EXPERTS, LAYERS, damage, write_model
 from typer.testing import CliRunner
 
 import moejax
-from moejax import cli, errors
+from moejax import cli, errors, exits
 
-COMMANDS = ["generate", "chat", "inspect", "convert", "bench", "build-native", "doctor"]
+COMMANDS = ["generate", "chat", "inspect", "convert", "bench", "tune", "policies"]
+COMMANDS += ["build-native", "doctor"]
 SLOTS = 6
 
 
@@ -67,12 +68,17 @@ def test_version():
     assert ok("--version").stdout.strip().startswith("moejax ")
 
 
+def test_every_command_is_in_these_tests():
+    known = {c.name or c.callback.__name__ for c in cli.app.registered_commands}
+    assert {name.replace("_", "-") for name in known} == set(COMMANDS)
+
+
 def test_every_error_has_an_exit_code_of_its_own_or_its_base():
     classes = [c for c in vars(errors).values() if isinstance(c, type)]
     for kind in classes:
         if kind is not errors.MoejaxError:
-            assert cli.exit_code(kind("x")) in range(2, 10), kind
-    listed = {str(code) for code in [*cli.EXIT_CODES.values(), cli.INTERNAL, cli.INTERRUPTED]}
+            assert exits.exit_code(kind("x")) in range(2, 10), kind
+    listed = {str(code) for code in [*exits.EXIT_CODES.values(), exits.INTERNAL, exits.INTERRUPTED]}
     assert all(f" {code} " in cli.EPILOG for code in listed)
 
 
@@ -164,7 +170,7 @@ def test_a_download_that_fails_has_its_own_code(monkeypatch):
 
 def test_errors_of_several_lines_become_one():
     error = errors.CheckpointError("it does not fit:\n  missing: a\n  extra: b\n")
-    assert cli.one_line(error) == "it does not fit: missing: a; extra: b"
+    assert exits.one_line(error) == "it does not fit: missing: a; extra: b"
 
 
 def test_a_bug_is_reported_as_one(model, monkeypatch):
@@ -194,7 +200,7 @@ def test_a_broken_pipe_is_silent(model):
     process.stdout.close()
     assert process.stderr.read() == ""
     process.stderr.close()
-    assert process.wait(60) == cli.BROKEN_PIPE
+    assert process.wait(60) == exits.BROKEN_PIPE
 
 
 def test_ctrl_c_leaves_cleanly(model, tmp_path):

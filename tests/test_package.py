@@ -28,7 +28,8 @@ GROUPS = {
     "analysis": "trace cost plan simulate metrics plots loss tuning",
     "edges": (
         "allocator devices measure tiers warm hub orbax_directory runtime loading session describe "
-        "doctor terminal commands conversation evaluate bench options cli __main__"
+        "doctor terminal commands conversation evaluate bench options cli __main__ low_bits exits "
+        "policy_commands report"
     ),
 }
 LEVEL = {name: i for i, names in enumerate(GROUPS.values()) for name in names.split()}

@@ -1,0 +1,97 @@
+"""What a run cost, as a table for people and as a document."""
+
+from typing import Any
+
+from moejax.terminal import Terminal
+from moejax.units import format_bytes
+
+
+def stats_document(runtime: Any) -> dict[str, Any]:
+    """What a run cost, and under which budget."""
+    total = runtime.config.num_moe_layers * runtime.config.num_experts
+    budget = {"slots": runtime.slots, "experts": total, "context": runtime.context}
+    model = runtime.model
+    how = {"dtype": model.dtype, "quant": model.quant, "kernels": model.kernels}
+    return runtime.stats.as_dict() | budget | how | {"link": runtime.tier}
+
+
+def show_stats(terminal: Terminal, runtime: Any) -> None:
+    """The table under an answer."""
+    terminal.facts(stats_rows(runtime))
+
+
+def stats_rows(runtime: Any) -> list[tuple[str, str]]:
+    """What a run cost, for people."""
+    stats, config = runtime.stats, runtime.config
+    total = config.num_moe_layers * config.num_experts
+    rows = [("tokens", f"{stats.prompt_tokens} in, {stats.new_tokens} out")]
+    if stats.ttft is not None:
+        rows.append(("time to first token", f"{stats.ttft * 1e3:.1f} ms"))
+    if stats.tpot is not None:
+        rate = f"{1 / stats.tpot:.1f} steps/s"
+        rows.append(("time per output token", f"{stats.tpot * 1e3:.2f} ms ({rate})"))
+    if total:
+        slots = runtime.slots_in_use
+        rows.append(("experts resident", f"{slots} of {total} ({slots / total:.0%})"))
+        rows += [*_hits(stats), *_traffic(stats, runtime.tier)]
+    if runtime.tier:
+        waited = f"waited {stats.stall_seconds / max(stats.steps, 1) * 1e3:.2f} ms per decode step"
+        rows.append(("link", f"{runtime.tier}, {waited}"))
+    rows += _drift(stats)
+    rows.append(("result", _label(stats, runtime.model.quant)))
+    return rows
+
+
+def _hits(stats: Any) -> list[tuple[str, str]]:
+    if stats.hit_rate is None:
+        return []
+    uses = f"{stats.hits} of {stats.needed} uses in decode"
+    rows = [("expert hit rate", f"{stats.hit_rate:.1%} ({uses})")]
+    if stats.label != "lossy":
+        return rows
+    if stats.exact_hit_rate is not None:
+        uses = f"{stats.exact_hits} of {stats.exact_needed} uses"
+        rows.append(("of the model's own picks", f"{stats.exact_hit_rate:.1%} ({uses})"))
+    rows.append(("picks replaced", f"{stats.replaced / stats.steps:.2f} per decode step"))
+    if stats.low:
+        rows.append(("experts at low bits", f"{stats.low}, prefill included"))
+    return rows
+
+
+def _traffic(stats: Any, tier: str | None) -> list[tuple[str, str]]:
+    before = format_bytes(stats.prefill_moved * stats.record_bytes)
+    each = format_bytes(stats.bytes_per_step or 0)
+    name = "would be copied" if stats.virtual else "read" if tier == "disk" else "copied"
+    rows = [(f"expert bytes {name}", f"{before} in prefill, {each} per decode step")]
+    if stats.prediction_precision is not None:
+        said = f"{stats.prediction_precision:.0%} of the predicted experts were needed"
+        if stats.prefetch_use is not None:
+            fetched = stats.prefetched - stats.prefill_prefetched
+            said += f", {stats.prefetch_use:.0%} of {fetched} records used"
+        rows.append(("prefetch", said))
+    if stats.host:
+        rows.append(("experts on the host", f"{stats.host}, prefill included"))
+    costs = {"record over the link": stats.load_us, "expert on the host": stats.host_us}
+    known = [f"{name} {cost:.0f} us" for name, cost in costs.items() if cost is not None]
+    return [*rows, ("live costs", ", ".join(known))] if known else rows
+
+
+def _drift(stats: Any) -> list[tuple[str, str]]:
+    drift = stats.drift
+    if drift is None:
+        return []
+    if not drift.probes:
+        return [("drift", "not looked at: no decode step was made")]
+    share = drift.seconds / stats.decode_seconds
+    looked = f"{drift.probes} probes, {share:.1%} of the time"
+    return [("drift", f"{drift.nats:.3g} nats per token; alpha {drift.alpha:.3g} ({looked})")]
+
+
+def _label(stats: Any, quant: str | None) -> str:
+    of = f" of the {quant} model" if quant else ""
+    each = stats.replaced_mass / max(stats.steps, 1)
+    return {
+        "bit-exact": f"bit-exact: the bits of the fully resident run{of}",
+        "faithful": "faithful: the model's own routing and experts",
+        "lossy": f"lossy: the model's own picks lost {each:.3g} of router weight per decode step",
+    }[stats.label]
