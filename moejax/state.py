@@ -13,6 +13,7 @@ instead of the whole stack before the loop.
 """
 
 import dataclasses
+import inspect
 from typing import Any
 
 import jax
@@ -21,13 +22,24 @@ from moejax.layout import RecordLayout
 
 
 def pytree(cls: type) -> type:
-    """Frozen, keyword-only dataclass registered as a pytree; `static` fields are metadata."""
+    """Frozen, keyword-only dataclass registered as a pytree; `static` fields are metadata.
+
+    The type's name is one of them: JAX compares dataclass nodes by metadata and children alone
+    (0.10.2, 0.12.0), so that `jit` could run the program of another policy of the same shape.
+    """
+    cls.__annotations__ = {**inspect.get_annotations(cls), "node_type": str}
+    cls.node_type = static(default=f"{cls.__module__}.{cls.__qualname__}", repr=False)
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, kw_only=True)(cls))
 
 
 def static(**kwargs: Any) -> Any:
     """A field that is part of the pytree's structure: changing it recompiles."""
     return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+def array_fields(cls: type) -> list[str]:
+    """Names of the fields of a pytree that are not static."""
+    return [f.name for f in dataclasses.fields(cls) if not f.metadata.get("static")]
 
 
 @pytree

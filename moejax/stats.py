@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from moejax.live import DriftStats
-from moejax.state import StepTrace, pytree
+from moejax.state import StepTrace, array_fields, pytree
 
 
 @pytree
@@ -35,11 +35,8 @@ def totals_of(trace: StepTrace | None) -> Totals | None:
     """Sums over the layers of a step, None for dense models."""
     if trace is None:
         return None
-    sums = {
-        field.name: getattr(trace, field.name).sum()
-        for field in dataclasses.fields(Totals)
-        if field.name != "failure"
-    }
+    names = set(array_fields(Totals)) - {"failure"}
+    sums = {name: getattr(trace, name).sum() for name in names}
     return Totals(**sums, failure=trace.failure.max())
 
 

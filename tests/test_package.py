@@ -218,3 +218,18 @@ def test_the_installed_embedded_model_writes(installed):
     )
     directory, tokens = elsewhere(installed, "-c", program).split()
     assert pathlib.Path(directory).is_relative_to(installed) and tokens == "8"
+
+
+def test_pytrees_of_different_types_never_share_a_program():
+    """Their structures differ, also where their fields do not: `jit` looks programs up by them."""
+    import jax
+
+    from moejax import presets
+    from moejax.eviction import LRU
+    from moejax.evictors import LFU, LeastStale
+    from moejax.placement import FetchAll, HostAll
+
+    structures = [jax.tree.structure(part()) for part in (LRU, LFU, LeastStale, FetchAll, HostAll)]
+    structures += [jax.tree.structure(make()) for make in presets.PRESETS.values()]
+    for i, one in enumerate(structures):
+        assert one == one and all(one != other for other in structures[i + 1 :])

@@ -128,6 +128,16 @@ def test_lossy_results_depend_on_no_timing_and_on_no_tier(name):
 
 
 @needs_native
+def test_a_step_over_a_link_has_no_effects():
+    """JAX dispatches programs with effects from Python, which costs more than a small model."""
+    built, chosen = deep("native"), policy("smoe")
+    with Jittered(built, 0) as store:
+        state = decode.init_state(built.model, chosen, store, slots=SLOTS, context=128)
+        step = functools.partial(decode.step, built.model, chosen, built.params, store)
+        assert not jax.make_jaxpr(step)(state, np.zeros((1, 1), np.int32)).effects
+
+
+@needs_native
 @pytest.mark.parametrize("host", [1e-3, 1.0, 1e3])
 def test_host_computed_fetched_and_resident_experts_give_the_same_bits(host):
     built, tokens = deep("native"), tokens_of(4, 12, 2)

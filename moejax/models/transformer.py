@@ -28,6 +28,7 @@ from moejax.state import (
     PolicyMemory,
     StepOutput,
     StepTrace,
+    array_fields,
 )
 
 _normal = nn.initializers.normal(0.02)
@@ -280,7 +281,7 @@ def _routed(
 
 def _trace(layer: expert_layer.Layer, counts: Any, how: _How) -> StepTrace:
     routing, valid = layer.routing, layer.valid
-    fields = {field.name: getattr(counts, field.name) for field in dataclasses.fields(counts)}
+    fields = {name: getattr(counts, name) for name in array_fields(expert_layer.LayerTrace)}
     forecast = fields.pop("forecast")
     return StepTrace(
         picks=layer.picks,
