@@ -7,7 +7,7 @@ their data: every one takes `after`, any array that must exist before.
 
 None is marked as having a side effect, though native state changes: that state changes time and
 never values, results order the calls, and JAX would start programs with effects from Python (0.9 ms
-a step).
+a step). So what a call takes has to differ from that of any other call, or XLA may make one of two.
 """
 
 import enum

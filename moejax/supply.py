@@ -184,7 +184,9 @@ class Supply:
         """Run the experts `chosen` [E] where memory holds their records."""
         index, link = jnp.where(chosen, self.ids(), -1), self.store.link
         if link is not None:
-            x = _behind(x, transport.host_begin(link, rows))
+            # Of x too: rows alone may be zeros, the same in every layer, and XLA would begin once.
+            begun = transport.host_begin(link, jnp.stack([x[0, 0], rows.reshape(-1)[0]]))
+            x = _behind(x, begun)
         _, rows = kernels.experts(self.store.layout, self.store.records, index, plan, x, rows)
         if link is not None:
             rows = _behind(rows, transport.host_end(link, chosen.sum(dtype=jnp.int32), rows))

@@ -143,11 +143,15 @@ def test_host_computed_fetched_and_resident_experts_give_the_same_bits(host):
     built, tokens = deep("native"), tokens_of(4, 12, 2)
     whole, *_ = steps(built, policy("lru"), tokens, slots=LAYERS * EXPERTS)
     chosen = policy(f"balanced:load=1.0,host={host}")
-    with Jittered(built, 1, host_us=50.0) as store:
+    link = Jittered(built, 1, host_us=50.0)
+    with link as store:
         some, traces, _ = steps(built, chosen, tokens, store=store, slots=SLOTS)
+        stats = link.link.stats()
     assert np.array_equal(whole, some)
     fetched, hosted = (sum(getattr(t, n).sum() for t in traces) for n in ("fetched", "host"))
     assert hosted > 0 and (fetched > 0 or host < 1e-2)
+    assert stats.host_experts == hosted and stats.host_us >= 50 * hosted
+    assert stats.committed == fetched
 
 
 @pytest.mark.parametrize("name", LOSSY)
