@@ -103,6 +103,47 @@ def peers_cpu_limited(report: dict) -> list[str]:
     ]
 
 
+def smoe_ablation(report: dict) -> list[str]:
+    """Times and bytes of `experiments.smoe_ablation` at 40 % residency, batch 1, alpha 0.25."""
+    rows = [row for row in report["rows"] if row["batch"] == 1 and row["residency"] in (0.4, 1.0)]
+    rows = [row for row in rows if row["alpha"] in (None, 0.25)]
+    lru = next(row for row in rows if row["name"] == "lru")
+    lines = [
+        "| 40 % resident, batch 1 | TPOT, ms | over LRU | missed KB per token | moved KB per token "
+        "| experts on the host | perplexity over exact |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        ratio = row.get("perplexity_over_exact")
+        lines.append(
+            f"| {row['name']} | {row['tpot_ms']:.2f} | {row['tpot_ms'] / lru['tpot_ms']:.2f}x "
+            f"| {row['missed_bytes_per_token'] / 1e3:.0f} "
+            f"| {row['moved_bytes_per_token'] / 1e3:.0f} | {row['host_per_token']:.1f} "
+            f"| {'' if ratio is None else format(ratio, '.4f')} |"
+        )
+    return [*lines, "", _source(report)]
+
+
+def smoe_alpha(report: dict) -> list[str]:
+    """Loss of `experiments.smoe_alpha` at 40 % residency over all domains."""
+    lines = [
+        "| router | alpha | perplexity over exact (95 %) | KL of a step | KL of the run "
+        "| likeliest token changed | picks replaced per layer | hits |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in report["rows"]:
+        if row.get("domain") != "all" or row["residency"] != 0.4:
+            continue
+        low, high = row["interval"]
+        alpha = "" if row["alpha"] is None else f"{row['alpha']:.2f}"
+        lines.append(
+            f"| {row['router']} | {alpha} | {row['perplexity_over_exact']:.4f} "
+            f"({low:.4f} to {high:.4f}) | {row['local_kl']:.4f} | {row['trajectory_kl']:.4f} "
+            f"| {row['flips']:.1%} | {row['replaced']:.2f} | {row['hit_rate']:.1%} |"
+        )
+    return [*lines, "", _source(report)]
+
+
 def _source(report: dict) -> str:
     """Hardware, versions and command of a result."""
     environment = report["environment"]
@@ -118,6 +159,8 @@ TABLES = {
     "quantisation": quantisation,
     "peers_cpu": peers_cpu,
     "peers_cpu_limited": peers_cpu_limited,
+    "smoe_ablation": smoe_ablation,
+    "smoe_alpha": smoe_alpha,
 }
 
 

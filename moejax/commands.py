@@ -140,9 +140,22 @@ def _as_document(
 def _policy_document(policy: Any) -> dict[str, Any] | None:
     if policy is None:
         return None
-    parts = ("router", "evictor", "placement", "predictor", "cutoff", "speculation")
-    names = {name: type(getattr(policy, name)).__name__ for name in parts}
-    return names | {"capacity": int(policy.capacity)}
+    names = ("router", "evictor", "placement", "predictor", "cutoff", "speculation")
+    parts = {name: _part_document(getattr(policy, name)) for name in names}
+    return parts | {"capacity": int(policy.capacity)}
+
+
+def _part_document(part: Any) -> dict[str, Any]:
+    """The type of a part and its numbers, as far as they are single ones."""
+    import numpy as np
+
+    values = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+    values.pop("node_type", None)
+    return {"type": type(part).__name__} | {
+        name: value if isinstance(value, str) else np.asarray(value).item()
+        for name, value in values.items()
+        if np.ndim(value) == 0
+    }
 
 
 def inspect(terminal: Terminal, model: str, context: int | None, verify: bool, as_json: bool):

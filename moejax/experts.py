@@ -159,7 +159,7 @@ class _Work:
             memory, shelf, kv, prefetched = self._prefetch(memory, shelf, kv, plan, rows)
             shelf = supply.copy(shelf, copies, rows)
         if policy.placement.uses_host:
-            rows = supply.on_host(host, plan, layer.x, rows)
+            rows = supply.on_host(shelf, host, plan, layer.x, rows)
         shelf, rows, moved, passes = self._rest(shelf, keys, pending, order, plan, rows, moved)
         y = kernels.combine(plan, rows, layer.routing.weight)
         trace = self._trace(there, late, low, host, account, moved, prefetched, passes)
@@ -218,7 +218,8 @@ class _Work:
             partial = partial + layer.shared
         attended = None
         if predictor.attends:
-            attended, kv = self.ahead.attend(partial, kv, layer.index, target)
+            until = jnp.where(ahead == target, target, layer.index)  # no further than is of use
+            attended, kv = self.ahead.attend(partial, kv, layer.index, until)
         view = View(
             layer=layer.index,
             hidden=layer.hidden,
@@ -244,8 +245,8 @@ class _Work:
         shelf, copies = later.find(shelf, keys, wanted, order)
         shelf = later.deliver(shelf, copies, wanted, order, layer.x)
         brought = wanted & ~view.resident & (later.slots(shelf.residency) >= 0)
-        capacity = later.capacity(shelf.residency)
-        memory = forecast.promise(memory, target, wanted, rank, brought, capacity)
+        room, divided = later.capacity(shelf.residency), shelf.residency.home[0] >= 0
+        memory = forecast.promise(memory, target, wanted, rank, brought, room, divided)
         return memory, shelf, kv, copies.count
 
     def _exact_picks(self) -> tuple[jax.Array, jax.Array]:

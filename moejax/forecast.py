@@ -62,10 +62,12 @@ def shield(memory: PolicyMemory, layer: jax.Array, needed: jax.Array) -> jax.Arr
 
 
 def greatest(keys: jax.Array, chosen: jax.Array) -> jax.Array:
-    """Keys [L * E], the greatest there are where `chosen`."""
+    """Keys [L * E], greater where `chosen` than anywhere else, whatever an evictor's keys are."""
     if jnp.issubdtype(keys.dtype, jnp.floating):
-        return jnp.where(chosen, jnp.inf, keys)
-    return jnp.where(chosen, jnp.iinfo(keys.dtype).max, keys)
+        # Finite, and NaN, which leaves first, the least of all.
+        return jnp.where(chosen, jnp.inf, jnp.nan_to_num(keys, nan=-jnp.inf))
+    most = jnp.iinfo(keys.dtype).max
+    return jnp.where(chosen, most, jnp.minimum(keys, most - 1))
 
 
 def promise(
@@ -75,17 +77,21 @@ def promise(
     rank: jax.Array,
     brought: jax.Array,
     capacity: jax.Array,
+    divided: jax.Array,
 ) -> PolicyMemory:
-    """Note what is predicted for layer `target`, best first: at most half of the slots in all.
+    """Note what is predicted for layer `target`, best first: at most half of its slots in all.
 
     Args:
         wanted: [E] bool.
         rank: [E] i32, 0 = best.
         brought: [E] bool, those of them that were given a slot now.
+        capacity: [] i32 slots in use that may serve the layer.
+        divided: [] bool, whether they serve no other.
     """
     book, start = memory.forecast, (target * wanted.shape[0],)
-    left = capacity // 2 - book.wanted.sum(dtype=jnp.int32)
     before = jax.lax.dynamic_slice(book.wanted, start, wanted.shape)
+    promised = jnp.where(divided, before.sum(), book.wanted.sum())
+    left = capacity // 2 - promised
     fresh = jax.lax.dynamic_slice(book.fresh, start, wanted.shape)
     kept = before | first(wanted & ~before, rank, left)
     book = Forecast(

@@ -23,7 +23,7 @@ from moejax.errors import InputError, LinkError, NonFiniteError
 from moejax.kernels.transport import Store
 from moejax.live import Costs, Drift, DriftBudget
 from moejax.models.transformer import Decoder
-from moejax.policy import Policy, with_alpha
+from moejax.policy import Policy
 from moejax.sampling import (
     Sampling,
     divergence,
@@ -267,13 +267,17 @@ class _Run:
         """
         engine, stats = self.engine, self.stats
         begun = time.perf_counter()
-        exact = with_alpha(self.policy, 0.0)
+        router = dataclasses.replace(self.policy.router, alpha=jnp.float32(0))
+        exact = dataclasses.replace(self.policy, router=router)
+        memory = jax.tree.map(jnp.copy, state.policy)  # not to observe one step twice
         state, out = decode_step(engine.model, exact, engine.params, engine.store, state, tokens)
+        state = dataclasses.replace(state, policy=memory)
         check_arrived(engine.store, out)
         totals = jax.device_get(totals_of(out.trace))
         stats.fetched += int(totals.fetched)
         stats.prefetched += int(totals.prefetched)
         stats.prefetch_used += int(totals.prefetch_used)
+        stats.host += int(totals.host)
         stats.drift.fetched += int(totals.fetched) + int(totals.prefetched)
         if self.link is not None:
             stats.link_bytes = self.link.stats().bytes - self.before

@@ -21,7 +21,8 @@ from moejax.state import pytree, static
 class Ahead:
     """The layers to come, as a predictor may ask them; targets count layers with experts."""
 
-    gate: Callable[[jax.Array, jax.Array], jax.Array]  # (hidden [N, D], target) -> scores [N, E]
+    # (hidden [N, D], target) -> scores [N, E], 0 for experts of groups that are out
+    gate: Callable[[jax.Array, jax.Array], jax.Array]
     input_norm: Callable[[jax.Array, jax.Array], jax.Array]  # (hidden [N, D], target) -> [N, D]
     # (hidden [N, D], KV cache, layer, target) -> hidden after the attention of all layers from the
     # one behind `layer` to `target`, without their experts, and the KV cache. It writes the rows
@@ -240,7 +241,9 @@ def top_scores(scores: jax.Array, view: View, alpha: jax.Array | float) -> jax.A
         bound = jnp.zeros((scores.shape[0], 1), scores.dtype)
     else:
         bound = (1 + alpha) * jax.lax.top_k(scores, view.top_k + 1)[0][:, -1:]
-    return jnp.where((scores >= bound) & view.valid[:, None], scores, 0.0).max(axis=0)
+    return jnp.where((scores >= bound) & (scores > 0) & view.valid[:, None], scores, 0.0).max(
+        axis=0
+    )
 
 
 def best(priority: jax.Array, limit: jax.Array | int) -> jax.Array:

@@ -27,6 +27,12 @@ from moejax.prediction import Everything, NextAttention, NextGate, NextResidual
 from moejax.routing import TopK
 from moejax.substitution import Substitute
 
+WINDOW_SIZE = 64  # steps that a window's memory has room for: to change n below never recompiles
+
+
+def _window(steps: int) -> ScoreWindow:
+    return ScoreWindow(n=jnp.int32(steps), size=max(steps, WINDOW_SIZE))
+
 
 def _exact(evictor: Evictor, **parts: object) -> Policy:
     return Policy(
@@ -68,7 +74,7 @@ def least_stale() -> Policy:
 
 def score_window(window: int = 16) -> Policy:
     """SMoE's eviction alone: the smallest mean router score of the last steps."""
-    return _exact(ScoreWindow(n=jnp.int32(window)))
+    return _exact(_window(window))
 
 
 def score_ema(decay: float = 0.9) -> Policy:
@@ -95,9 +101,7 @@ def hybrimoe(load: float = 3.0, host: float = 1.0, device: float = 0.1, limit: i
     """HybriMoE (arXiv 2504.05897): score EMA, three timelines, prefetch by the next gate."""
     return _exact(
         ScoreEMA(decay=jnp.float32(0.9)),
-        placement=ThreeTimelines(
-            load=jnp.float32(load), host=jnp.float32(host), device=jnp.float32(device)
-        ),
+        placement=_timelines(load, host, device),
         predictor=NextGate(limit=jnp.int32(limit), alpha=jnp.float32(0.0)),
     )
 
@@ -116,11 +120,16 @@ def _two_pointer(load: float, host: float) -> TwoPointer:
     return TwoPointer(load=jnp.float32(load), host=jnp.float32(host))
 
 
+def _timelines(load: float, host: float, device: float) -> ThreeTimelines:
+    costs = {"load": load, "host": host, "device": device}
+    return ThreeTimelines(**{name: jnp.float32(cost) for name, cost in costs.items()})
+
+
 def smoe_fetch(alpha: float = 0.25, window: int = 16, horizon: int = 1) -> Policy:
     """SMoE without host compute: substitution, score eviction, top-score prefetch."""
     return Policy(
         router=Substitute(alpha=jnp.float32(alpha)),
-        evictor=ScoreWindow(n=jnp.int32(window)),
+        evictor=_window(window),
         placement=FetchAll(),
         capacity=jnp.int32(UNLIMITED),
         predictor=NextAttention(alpha=jnp.float32(alpha), horizon=horizon),
@@ -136,6 +145,18 @@ def smoe(
     """
     whole = smoe_fetch(alpha, window, horizon)
     return dataclasses.replace(whole, placement=_two_pointer(load, host))
+
+
+def smoe_timelines(
+    alpha: float = 0.25, window: int = 16, load: float = 3.0, host: float = 1.0, device: float = 0.1
+) -> Policy:
+    """SMoE for few misses per layer: split by finish times, one prefetch two layers ahead.
+
+    The two pointers always load the first miss, though the host may be done with it sooner.
+    """
+    whole = smoe_fetch(alpha, window)
+    ahead = NextAttention(alpha=jnp.float32(alpha), limit=jnp.int32(1), horizon=2)
+    return dataclasses.replace(whole, placement=_timelines(load, host, device), predictor=ahead)
 
 
 def smoe_released(alpha: float = 0.25, load: float = 3.0, host: float = 1.0) -> Policy:
@@ -189,10 +210,24 @@ PRESETS: dict[str, Callable[..., Policy]] = {
         smoe,
         smoe_fetch,
         smoe_released,
+        smoe_timelines,
         cache_boost,
         low_bit,
     )
 }
+
+
+# Least and greatest of each number by its name; others: any that is not negative.
+BOUNDS = {
+    "alpha": (0.0, 1e6),
+    "decay": (0.0, 1.0),
+    "horizon": (1, 1024),
+    "window": (1, 4096),
+    "period": (1, 2**30),
+    "limit": (1, 2**30),
+    "keep": (0, 2**30),
+}
+MOST = 1e30
 
 
 def build(name: str, make: Callable[..., Policy], numbers: str) -> Policy:
@@ -215,6 +250,9 @@ def build(name: str, make: Callable[..., Policy], numbers: str) -> Policy:
             given[key] = int(text) if isinstance(known[key].default, int) else float(text)
         except ValueError:
             raise PolicyError(f"{key} of policy {name!r} must be a number, not {text!r}") from None
-        if not abs(given[key]) < float("inf"):
-            raise PolicyError(f"{key} of policy {name!r} must be finite, not {text!r}")
+        least, most = BOUNDS.get(key, (0.0, MOST))
+        if not least <= given[key] <= most:
+            raise PolicyError(
+                f"{key} of policy {name!r} must be in [{least:g}, {most:g}], not {text!r}"
+            )
     return make(**given)

@@ -96,9 +96,8 @@ class TopK:
         """Nothing to remember."""
         del num_layers, num_experts
 
-    def route(self, memory: None, seen: Scored) -> tuple[Routing, None]:
-        """Best K of the eligible scores, ties to the lower expert."""
-        del memory
+    def route(self, memory: Any, seen: Scored) -> tuple[Routing, Any]:
+        """Best K of the eligible scores, ties to the lower expert; the memory stays as it is."""
         chosen, expert = jax.lax.top_k(eligible_scores(seen.rule, seen.scores), seen.top_k)
         expert = expert.astype(jnp.int32)
         return Routing(
@@ -106,4 +105,4 @@ class TopK:
             weight=pick_weights(seen.rule, chosen),
             exact=expert,
             replaced_mass=jnp.zeros(expert.shape[0], jnp.float32),
-        ), None
+        ), memory

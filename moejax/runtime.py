@@ -56,6 +56,7 @@ class Runtime:
     generation_config: dict[str, Any]
     directory: pathlib.Path
     virtual: bool = False
+    per_layer: bool = False  # divide the slots evenly among the layers instead of pooling them
     max_batch: int | None = None  # sequences that the memory budget counted, None = no limit
     link: Store | None = None  # what experts are moved over; open as long as the runtime lives
     tier: str | None = None  # the link's name
@@ -110,6 +111,7 @@ class Runtime:
             batch=batch,
             context=self.context if context is None else context,
             virtual=self.virtual,
+            per_layer=self.per_layer,
         )
         if self.residency_file is not None and self.residency_file.exists():
             state = warm.restore(self.residency_file, self, state)

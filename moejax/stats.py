@@ -109,8 +109,16 @@ class Stats:
         return self.predicted_right / self.predicted if self.predicted else None
 
     @property
+    def prediction_recall(self) -> float | None:
+        """Share of decode's expert uses that had been predicted, in layers with and without."""
+        return self.predicted_right / self.needed if self.predicted else None
+
+    @property
     def prefetch_use(self) -> float | None:
-        """Share of the records prefetched in decode that were used before they left."""
+        """Share of the records given a slot ahead, in decode, that were used before they left.
+
+        Over a link, one that was cancelled on its way counts as prefetched too.
+        """
         fetched = self.prefetched - self.prefill_prefetched
         return self.prefetch_used / fetched if fetched else None
 
@@ -155,7 +163,7 @@ class Stats:
 
     def as_dict(self) -> dict[str, Any]:
         """All fields and derived figures, for JSON."""
-        names = ("hit_rate", "exact_hit_rate", "prediction_precision", "prefetch_use")
-        names += ("tpot", "bytes_moved", "bytes_per_step")
+        names = ("hit_rate", "exact_hit_rate", "prediction_precision", "prediction_recall")
+        names += ("prefetch_use", "tpot", "bytes_moved", "bytes_per_step")
         derived = {name: getattr(self, name) for name in names}
         return dataclasses.asdict(self) | derived

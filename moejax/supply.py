@@ -86,9 +86,10 @@ class Supply:
         )
 
     def capacity(self, residency: Residency) -> jax.Array:
-        """[] i32 slots in use."""
+        """[] i32 slots in use that may serve the layer."""
         in_use = tables.usable(residency, self.experts, self.policy.capacity)
-        return jnp.minimum(in_use, residency.owner.shape[0])
+        serves = (residency.home < 0) | (residency.home == self.layer)
+        return (serves & (jnp.arange(serves.shape[0]) < in_use)).sum(dtype=jnp.int32)
 
     def slots(self, residency: Residency) -> jax.Array:
         """[E] slots of the layer's experts, -1 = absent."""
@@ -180,13 +181,16 @@ class Supply:
         )
         return dataclasses.replace(shelf, source=source)
 
-    def on_host(self, chosen: jax.Array, plan: Any, x: jax.Array, rows: jax.Array) -> jax.Array:
+    def on_host(
+        self, shelf: Shelf, chosen: jax.Array, plan: Any, x: jax.Array, rows: jax.Array
+    ) -> jax.Array:
         """Run the experts `chosen` [E] where memory holds their records."""
         index, link = jnp.where(chosen, self.ids(), -1), self.store.link
         if link is not None:
-            # Of x too: rows alone may be zeros, the same in every layer, and XLA would begin once.
-            begun = transport.host_begin(link, jnp.stack([x[0, 0], rows.reshape(-1)[0]]))
-            x = _behind(x, begun)
+            # Behind the requests, so that the link works meanwhile; and of x too: the others may be
+            # the same in every layer, and XLA would begin once.
+            before = [x[0, 0], rows.reshape(-1)[0], shelf.arriving[0].astype(x.dtype)]
+            x = _behind(x, transport.host_begin(link, jnp.stack(before)))
         _, rows = kernels.experts(self.store.layout, self.store.records, index, plan, x, rows)
         if link is not None:
             rows = _behind(rows, transport.host_end(link, chosen.sum(dtype=jnp.int32), rows))

@@ -263,6 +263,8 @@ def test_generate_takes_a_drift_budget_and_tells_what_came_of_it():
     found = document["stats"]["drift"]
     assert found["probes"] == 4 == len(found["alphas"])
     assert document["settings"]["drift"] == {"nats": 0.01, "every": 3}
+    router = document["settings"]["policy"]["router"]
+    assert router == {"type": "Substitute", "alpha": 0.25, "variant": "paper", "prefill": False}
     for said in ("nats per token; alpha", "4 probes", "of the model's own picks", "prefetch"):
         assert said in result.stderr
     assert "lossy: the model's own picks lost" in result.stderr

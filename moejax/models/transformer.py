@@ -20,7 +20,7 @@ from moejax.models.rope import cos_sin
 from moejax.models.shapes import Held, held_parameters
 from moejax.policy import Policy
 from moejax.prediction import Ahead
-from moejax.routing import Scored
+from moejax.routing import Scored, eligible_scores
 from moejax.state import (
     DecodeState,
     ExpertCache,
@@ -217,7 +217,8 @@ def _ahead(config: ModelConfig, weights: dict[str, Weights], span: Span) -> Ahea
 
     def gate(hidden: jax.Array, target: jax.Array) -> jax.Array:
         norm = weights["norms"]["post"].at(layers[target])
-        return _router(weights, rms_norm(hidden, norm, eps), target)
+        scores = _router(weights, rms_norm(hidden, norm, eps), target)
+        return eligible_scores(config.router, scores)
 
     def input_norm(hidden: jax.Array, target: jax.Array) -> jax.Array:
         return rms_norm(hidden, weights["norms"]["input"].at(layers[target]), eps)
