@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import pathlib
+import re
 import statistics
 import sys
 import time
@@ -65,6 +66,7 @@ def finish(report: dict, options: argparse.Namespace, plot: Callable) -> None:
     report = {"environment": environment(MODEL), **report}
     chosen = {name: value for name, value in vars(options).items() if name not in ("out", "plot")}
     report["options"] = {n: str(v) if n == "data" else v for n, v in chosen.items()}
+    report["command"] += re.sub(r" --(out|plot|data) \S+", "", " ".join(["", *sys.argv[1:]]))
     path = options.plot or (options.out and options.out.with_suffix(".png"))
     if options.out:
         options.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -135,7 +135,8 @@ def init_cache(
     least = config.top_k * (config.num_moe_layers if per_layer else 1)
     if slots < least:
         raise BudgetError(
-            f"{slots} slots cannot hold the {least} experts needed at once; give at least {least}"
+            f"{slots} slots cannot hold the {least} experts needed at once"
+            f"{' when every layer has slots of its own' * per_layer}; give at least {least}"
         )
     if virtual and store.records is None:
         raise BudgetError("weights behind a link cannot be read in place: leave `virtual` out")
@@ -174,6 +175,11 @@ def init_state(
             raise PolicyError(
                 "this placement computes experts on the host, where a disk has no copy of them: "
                 "choose one that fetches, or load without a budget for host memory"
+            )
+        if policy.predictor.horizon >= max(config.num_moe_layers, 2):
+            raise PolicyError(
+                f"a prefetch {policy.predictor.horizon} layers ahead never comes: this model has "
+                f"{config.num_moe_layers} layers with experts"
             )
         cache = init_cache(config, store, slots, virtual=virtual, per_layer=per_layer)
         # Copied: a state that holds one array twice cannot be donated.

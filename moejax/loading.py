@@ -92,7 +92,7 @@ def load(
     if host_memory is not None:
         over, slots = tiers.on_host(model, chosen, parse_bytes(host_memory), context, batch, over)
     slots, total = _checked_slots(config, slots), config.num_moe_layers * config.num_experts
-    tiers.check(over, model, virtual)
+    tiers.check(over, model, chosen, virtual)
     if over and over.kind == "disk":
         source = tiers.bank_directory(source, _weights(model), quant, progress)
     flat, records = _read(source, model, slots == total, check_finite, progress)

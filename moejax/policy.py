@@ -103,7 +103,25 @@ def policy(name: str | Policy) -> Policy:
     raise PolicyError(f"unknown policy {name!r}; known: {', '.join(policy_names())}")
 
 
+PARTS = {
+    "router": ("exact", "low_bit", "init", "route"),
+    "evictor": ("init", "observe", "keys"),
+    "placement": ("uses_host", "fetch"),
+    "predictor": ("horizon", "attends", "init", "observe", "wanted"),
+    "cutoff": ("allows",),
+    "speculation": ("max_length", "init", "length", "observe"),
+}
+
+
 def _runnable(policy: Policy) -> Policy:
+    """The policy, if its parts have what the engine asks of them; PolicyError otherwise."""
+    for name, wanted in PARTS.items():
+        part = getattr(policy, name)
+        kind = type(part).__name__
+        if missing := [attribute for attribute in wanted if not hasattr(part, attribute)]:
+            raise PolicyError(f"{kind} is no {name}: it has no {', '.join(missing)}")
+        if jax.tree_util.all_leaves([part]):
+            raise PolicyError(f"{kind} is no pytree: decorate it with moejax.state.pytree")
     if policy.speculation.max_length:
         raise PolicyError(
             "this policy drafts tokens, and there is no decoding loop that verifies drafts yet: "

@@ -83,7 +83,7 @@ def score_ema(decay: float = 0.9) -> Policy:
 
 
 def host() -> Policy:
-    """Misses run on the host and nothing is moved (llama.cpp; Fiddler with a residency file)."""
+    """Misses run on the host, nothing is moved: what is resident comes from a residency file."""
     return _exact(LRU(), placement=HostAll())
 
 
@@ -221,6 +221,7 @@ PRESETS: dict[str, Callable[..., Policy]] = {
 BOUNDS = {
     "alpha": (0.0, 1e6),
     "decay": (0.0, 1.0),
+    "share": (0.0, 1.0),
     "horizon": (1, 1024),
     "window": (1, 4096),
     "period": (1, 2**30),
@@ -249,7 +250,8 @@ def build(name: str, make: Callable[..., Policy], numbers: str) -> Policy:
         try:
             given[key] = int(text) if isinstance(known[key].default, int) else float(text)
         except ValueError:
-            raise PolicyError(f"{key} of policy {name!r} must be a number, not {text!r}") from None
+            kind = "whole number" if isinstance(known[key].default, int) else "number"
+            raise PolicyError(f"{key} of policy {name!r} must be a {kind}, not {text!r}") from None
         least, most = BOUNDS.get(key, (0.0, MOST))
         if not least <= given[key] <= most:
             raise PolicyError(

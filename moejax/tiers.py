@@ -13,7 +13,7 @@ from moejax import devices, orbax_directory, quantise
 from moejax.checkpoints import convert
 from moejax.checkpoints.bank import VERSION, open_bank
 from moejax.checkpoints.rules import WeightMap
-from moejax.errors import InputError
+from moejax.errors import InputError, PolicyError
 from moejax.kernels import build
 from moejax.kernels.transport import Store
 from moejax.models.transformer import Decoder
@@ -63,8 +63,8 @@ def parse_link(text: str | None) -> Link | None:
     return Link("paced", rate, latency, host)
 
 
-def check(link: Link | None, model: Decoder, virtual: bool) -> None:
-    """Raise InputError for a link that cannot be had here."""
+def check(link: Link | None, model: Decoder, policy: Policy | None, virtual: bool) -> None:
+    """Raise InputError for a link that cannot be had here, PolicyError if it cannot serve one."""
     if link is None:
         return
     if not model.config.moe_layers:
@@ -75,6 +75,12 @@ def check(link: Link | None, model: Decoder, virtual: bool) -> None:
         raise InputError("virtual residency reads weights in place: leave the link out")
     if build.library() is None:
         raise InputError(f"a link needs the native library ({build.status()})")
+    if link.kind == "disk" and policy.placement.uses_host:
+        raise PolicyError(
+            f"this policy computes misses on the host ({type(policy.placement).__name__}), which "
+            "has no copy of experts on the disk: choose one that fetches them, such as lru or "
+            "smoe-fetch"
+        )
 
 
 def open_link(

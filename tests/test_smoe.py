@@ -221,6 +221,30 @@ def test_low_bits_are_refused_where_they_cannot_be_had():
     assert runtime.stats.label == "lossy" and runtime.stats.low > 0
 
 
+def test_parts_that_lack_something_are_refused_by_name():
+    class Plain:
+        exact, low_bit = False, False
+
+        def init(self, num_layers, num_experts):
+            return None
+
+        def route(self, memory, seen):
+            return TopK().route(memory, seen)
+
+    def refused(message, **parts):
+        with pytest.raises(PolicyError, match=message):
+            policy(dataclasses.replace(policy("cache-boost"), **parts))
+
+    refused("Plain is no pytree", router=Plain())
+    refused("LRU is no router: it has no exact, low_bit, route", router=LRU())
+    refused("TopK is no evictor: it has no observe, keys", evictor=TopK())
+    built = deep("reference")
+    with pytest.raises(PolicyError, match="4 layers ahead never comes"):
+        steps(built, policy("smoe-fetch:horizon=4"), tokens_of(0, 1, 1), slots=SLOTS)
+    with pytest.raises(PolicyError, match=r"host \(TwoPointer\).*such as lru or smoe-fetch"):
+        moejax.load("tiny", policy="smoe", slots=48, link="disk")
+
+
 def test_exact_policies_refuse_lossy_parts_by_name():
     with pytest.raises(PolicyError, match="Substitute is lossy"):
         dataclasses.replace(policy("lru"), router=LOSSY["substitute"])
@@ -275,7 +299,8 @@ def test_every_preset_runs(name):
         ("smoe:window=99999999999999", "must be in"),
         ("class-lru:period=0", "must be in"),
         ("score-ema:decay=1.5", r"must be in \[0, 1\]"),
-        ("smoe:window=1.5", "must be a number"),
+        ("smoe:window=1.5", "must be a whole number"),
+        ("bandwidth:share=2", "must be in"),
         ("lru:capacity=4", "has no number 'capacity'; it has: none"),
     ],
 )

@@ -283,9 +283,21 @@ def test_the_papers_table_is_relative_to_alpha_0():
     assert rows[-1]["score_over_exact"] == pytest.approx(sum(last) / 8)
 
 
+@needs_text
+def test_disk_runs(tmp_path):
+    small = ("--windows", 1, "--tokens", 8, "--rounds", 1, "--timed", 4)
+    report = report_of(tmp_path, "smoe_disk", *small)
+    assert [row["name"] for row in report["rows"]] == [*smoe_ablation.STEPS[:-1], "all resident"]
+    assert set(report["summary"]) == {"tpot_over_lru", "moved_bytes_over_lru", "gap_closed"}
+    assert report["rows"][0]["moved_bytes_per_token"] > 0 == report["rows"][-1]["stall_ms"]
+    assert report["command"] == (
+        "python -m experiments.smoe_disk --quick --windows 1 --tokens 8 --rounds 1 --timed 4"
+    )
+
+
 def test_cases_take_the_same_link_and_leave_out_what_is_asked_to():
     whole = smoe_ablation.cases(16, 300.0, 100.0)
-    assert len(set(whole)) == len(whole) == 30 + 4 + 14 + 2
+    assert len(set(whole)) == len(whole) == 30 + 4 + 16 + 2
     balanced = next(case for case in whole if case.name == "+balance")
     assert smoe_ablation.build(balanced).placement.load == 300.0
     assert smoe_ablation.build(balanced).placement.host == 100.0
