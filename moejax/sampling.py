@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from moejax.errors import InputError
-from moejax.state import pytree
+from moejax.state import array_fields, pytree
 
 # transformers' `generate` uses this top-k when it samples and nobody set one.
 DEFAULT_TOP_K = 50
@@ -132,7 +132,7 @@ def sampling_from(
     Raises InputError, naming the option.
     """
     asked = {name: value for name, value in (overrides or {}).items() if value is not None}
-    fields = Sampling.__dataclass_fields__
+    fields = array_fields(Sampling)
     for name in overrides or {}:
         if name not in fields and name not in UNSUPPORTED_OPTIONS and name != "do_sample":
             raise InputError(f"unknown sampling option {name!r}; known are {', '.join(fields)}")

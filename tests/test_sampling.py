@@ -27,6 +27,7 @@ from moejax.sampling import (
     token_logprobs,
     top_logprobs,
 )
+from moejax.state import array_fields
 
 VOCABULARY = 24
 # Where a threshold falls on a cumulative sum, float rounding decides in both implementations.
@@ -323,7 +324,7 @@ def test_numbers_out_of_range_are_refused_by_name(options, word):
 
 
 def fields(sampling):
-    return {name: getattr(sampling, name).item() for name in Sampling.__dataclass_fields__}
+    return {name: getattr(sampling, name).item() for name in array_fields(Sampling)}
 
 
 def test_generation_config_gives_the_defaults():
