@@ -33,7 +33,7 @@ from moejax.placement import HostAll
 from moejax.policy import Policy, policy
 from moejax.routing import TopK
 
-QUICK = {"windows": 2, "tokens": 128, "rounds": 2, "profile": 2, "timed": 48}
+QUICK = {"windows": 1, "tokens": 128, "rounds": 1, "profile": 1, "timed": 48}
 FULL = {"windows": 8, "tokens": 256, "rounds": 5, "profile": 4, "timed": 64}
 STEPS = ("lru", "+score eviction", "+substitution", "+prefetch", "+balance")
 PAPER = dict(zip(STEPS[1:], (-0.08, -0.20, -0.14, -0.34), strict=True))
