@@ -301,5 +301,11 @@ def test_a_policy_that_drafts_is_refused():
         def init(self):
             return None
 
+        def length(self, memory):
+            return jnp.int32(4)
+
+        def observe(self, memory, drafted, accepted):
+            return None
+
     with pytest.raises(PolicyError, match="draft"):
         policy(dataclasses.replace(policy("lru"), speculation=Drafts()))
