@@ -35,7 +35,8 @@ def totals_of(trace: StepTrace | None) -> Totals | None:
     """Sums over the layers of a step, None for dense models."""
     if trace is None:
         return None
-    names = set(array_fields(Totals)) - {"failure"}
+    # In a fixed order: that of a set changes the program, and the compilation cache misses it.
+    names = [name for name in array_fields(Totals) if name != "failure"]
     sums = {name: getattr(trace, name).sum() for name in names}
     return Totals(**sums, failure=trace.failure.max())
 
