@@ -169,8 +169,8 @@ def init_state(
     if config.num_moe_layers:
         if policy.router.low_bit and store.low is None:
             raise PolicyError(
-                "this router runs low-bit copies of experts: give the policy to `load`, which makes "
-                "them, or make them with moejax.low_bits"
+                "this router runs low-bit copies of experts: give the policy to `load`, which "
+                "makes them, or make them with moejax.low_bits"
             )
         if policy.placement.uses_host and jax.default_backend() != "cpu":
             raise PolicyError("this placement computes experts on the host: run it on a CPU")
