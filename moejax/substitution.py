@@ -167,7 +167,7 @@ class Substitute(Lossy):
         return _filled(seen, band, band.standin & (band.scores < band.bar), by_id), None
 
 
-def _mixed(word: jax.Array) -> jax.Array:
+def mixed(word: jax.Array) -> jax.Array:
     """u32 with its bits well mixed: the finaliser of MurmurHash3."""
     word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
     word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
@@ -194,10 +194,10 @@ class RandomStandIn(Lossy):
         band = score_band(self.alpha, seen)
         odd = 2 * jnp.arange(band.scores.shape[1], dtype=jnp.uint32) + 1
         bits = jax.lax.bitcast_convert_type(seen.scores, jnp.uint32)
-        token = _mixed(bits * odd).sum(axis=-1, keepdims=True, dtype=jnp.uint32)
+        token = mixed(bits * odd).sum(axis=-1, keepdims=True, dtype=jnp.uint32)
         seed = jnp.asarray(self.seed).astype(jnp.uint32)
-        start = _mixed(_mixed(seed) + jnp.asarray(seen.layer).astype(jnp.uint32))
-        drawn = _mixed(_mixed(token ^ start) + odd * jnp.uint32(0x9E3779B1))
+        start = mixed(mixed(seed) + jnp.asarray(seen.layer).astype(jnp.uint32))
+        drawn = mixed(mixed(token ^ start) + odd * jnp.uint32(0x9E3779B1))
         return _filled(seen, band, band.spare, (drawn >> 8).astype(jnp.float32)), None
 
 
