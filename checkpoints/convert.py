@@ -46,6 +46,7 @@ CONFIG = "config.json"
 DENSE = "dense.safetensors"
 BANK = "experts.bank"
 QUANTISATION = "quantisation.json"
+DISTANCES = "distances.safetensors"  # between experts: made when first asked for
 ORIGIN = "converted.json"  # says what the directory was made from; marks it as replaceable
 COPIED = (
     CONFIG,
@@ -148,7 +149,7 @@ def _names() -> set[str]:
     suffixes = ("", ".tmp", ".partial", ".journal", ".journal.tmp")
     return {
         name + suffix
-        for name in (*COPIED, ORIGIN, QUANTISATION, DENSE, BANK)
+        for name in (*COPIED, ORIGIN, QUANTISATION, DENSE, BANK, DISTANCES)
         for suffix in suffixes
     }
 
