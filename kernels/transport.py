@@ -27,6 +27,7 @@ __all__ = [
     "copy_records",
     "host_begin",
     "host_end",
+    "landed",
     "plan_fetch",
     "request",
 ]
@@ -153,6 +154,16 @@ def cancel(handle: jax.Array, keep: jax.Array, after: jax.Array) -> jax.Array:
     _vector("keep", keep, jnp.bool_)
     call = _call("moejax_cancel", jax.ShapeDtypeStruct((1,), jnp.int32))
     return call(_scalar("handle", handle), keep, after)
+
+
+def landed(handle: jax.Array, experts: jax.Array, after: jax.Array) -> jax.Array:
+    """[M] bool, which records of the experts [M] i32 (-1 = none) a commit would not wait for.
+
+    Depends on when it is asked: it may decide who computes, never what.
+    """
+    _vector("experts", experts, jnp.int32)
+    call = _call("moejax_landed", jax.ShapeDtypeStruct(experts.shape, jnp.bool_))
+    return call(_scalar("handle", handle), experts, after)
 
 
 def commit(

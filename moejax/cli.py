@@ -76,6 +76,7 @@ def generate(
     host_memory: opt.HostMemory = None,
     link: opt.Link = None,
     kernels: opt.Kernels = None,
+    draft: opt.DraftModel = None,
     residency_file: opt.ResidencyFile = None,
     check_records: opt.CheckRecords = False,
     logprobs: Annotated[int, typer.Option(min=0, help="Likeliest tokens beside each, --json.")] = 0,
@@ -126,6 +127,7 @@ def chat(
     host_memory: opt.HostMemory = None,
     link: opt.Link = None,
     kernels: opt.Kernels = None,
+    draft: opt.DraftModel = None,
     residency_file: opt.ResidencyFile = None,
     check_records: opt.CheckRecords = False,
     virtual: opt.Virtual = False,
@@ -215,6 +217,7 @@ def bench(
     host_memory: opt.HostMemory = None,
     link: opt.Link = None,
     kernels: opt.Kernels = None,
+    draft: opt.DraftModel = None,
     virtual: opt.Virtual = False,
     bandwidth: Annotated[
         bool, typer.Option(help="Time stream reads in between; takes 1 GiB of memory.")
@@ -259,6 +262,7 @@ def tune(
     host_memory: opt.HostMemory = None,
     link: opt.Link = None,
     kernels: opt.Kernels = None,
+    draft: opt.DraftModel = None,
     virtual: opt.Virtual = False,
     json: opt.AsJson = False,
     quiet: opt.Quiet = False,

@@ -43,18 +43,24 @@ def step(
     all_logits: bool = False,
     scores: bool = False,
     prefill: bool | None = None,
+    hidden: str | None = None,
+    chance: jax.Array | None = None,
 ) -> tuple[DecodeState, StepOutput]:
-    """`decode_step` without jit, for use inside larger jitted programs."""
+    """`decode_step` without jit, for use inside larger jitted programs.
+
+    With `chance` [B] f32 it is a step of the policy's self-draft, see `Decoder.__call__`.
+    """
     batch = state.length.shape[0]
     if tokens.ndim != 2 or tokens.shape[0] != batch or not tokens.size:
         raise InputError(f"tokens must be [{batch}, T] for this state, not {list(tokens.shape)}")
     how = {"all_logits": all_logits, "scores": scores, "prefill": prefill}
+    how |= {"hidden": hidden, "chance": chance}
     return model.apply({"params": params}, policy, store, state, tokens, **how)
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("model", "all_logits", "scores", "prefill"),
+    static_argnames=("model", "all_logits", "scores", "prefill", "hidden"),
     donate_argnames=("state",),
 )
 def decode_step(
@@ -68,6 +74,7 @@ def decode_step(
     all_logits: bool = False,
     scores: bool = False,
     prefill: bool | None = None,
+    hidden: str | None = None,
 ) -> tuple[DecodeState, StepOutput]:
     """Process tokens [B, T] i32 and return the new state and the logits; donates `state`.
 
@@ -83,8 +90,9 @@ def decode_step(
         scores: keep the full router scores [L, N, E] in the trace.
         prefill: whether the tokens are a prompt's, which most lossy routers leave to the model's
             own; by default if T > 1.
+        hidden: "raw" or "normed" returns what follows each layer's attention [A, B * T, D], too.
     """
-    how = {"all_logits": all_logits, "scores": scores, "prefill": prefill}
+    how = {"all_logits": all_logits, "scores": scores, "prefill": prefill, "hidden": hidden}
     return step(model, policy, params, store, state, tokens, **how)
 
 
@@ -167,7 +175,7 @@ def init_state(
     config = model.config
     cache = memory = None
     if config.num_moe_layers:
-        if policy.router.low_bit and store.low is None:
+        if policy.low_bit and store.low is None:
             raise PolicyError(
                 "this router runs low-bit copies of experts: give the policy to `load`, which "
                 "makes them, or make them with moejax.low_bits"

@@ -7,7 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from moejax import forecast, kernels
+from moejax import forecast, kernels, window
 from moejax.eviction import Access
 from moejax.kernels.transport import Kind
 from moejax.placement import Demand
@@ -29,6 +29,7 @@ class Layer:
     scores: jax.Array  # [N, E] f32
     routing: Routing
     valid: jax.Array  # [N] bool
+    chance: jax.Array | None = None  # [N] f32, of drafts: see `foresight.Glimpse`
     prefill: bool = static(default=False)
 
     @property
@@ -52,6 +53,7 @@ class LayerTrace:
     fetched: jax.Array
     prefetched: jax.Array
     host: jax.Array
+    overdue: jax.Array
     low: jax.Array
     passes: jax.Array
     stall: jax.Array
@@ -118,12 +120,27 @@ def apply(
     return y, supply.close(cache, shelf), memory, kv, trace
 
 
+def draft(
+    policy: Policy, store: ExpertStore, cache: ExpertCache, memory: PolicyMemory, layer: Layer
+) -> tuple[jax.Array, ExpertCache, PolicyMemory, LayerTrace]:
+    """Mixture [N, D] f32 of what a draft's router chose among residents: nothing is waited for.
+
+    The evictor does not learn of it. The foresight does, and may bring in what the model will need
+    here when it verifies.
+    """
+    virtual = cache.pool.shape[0] == 0
+    supply = Supply(policy, store, layer.index, layer.experts, virtual)
+    work = _Work(supply, None, layer, access(layer), cache)
+    y, shelf, memory, trace = work.draft(memory)
+    return y, supply.close(cache, shelf), memory, trace
+
+
 @dataclasses.dataclass(frozen=True)
 class _Work:
     """One layer at work."""
 
     supply: Supply
-    ahead: Ahead
+    ahead: Ahead | None  # None in drafts
     layer: Layer
     used: Access
     cache: ExpertCache  # as the layer begins
@@ -131,13 +148,16 @@ class _Work:
     def run(self, memory: PolicyMemory, kv: Any) -> tuple:
         """Mixture, shelf, memory, KV cache and trace."""
         supply, layer, used = self.supply, self.layer, self.used
-        policy, store = supply.policy, supply.store
+        policy = supply.policy
         shelf = supply.open(self.cache)
         there, late = supply.slots(shelf.residency) >= 0, supply.late(shelf)
         low = jnp.zeros_like(there) if layer.routing.low is None else layer.routing.low
         fetchable = used.needed & ~low
         host = self._host(fetchable & ~there, fetchable & there)
-        pending = fetchable & ~host
+        overdue = jnp.zeros_like(host)
+        if policy.placement.uses_host and policy.foresight.after:
+            overdue = supply.overdue(shelf, fetchable & there, layer.x)
+        pending = fetchable & ~host & ~overdue
         order = jnp.argsort(first_use(layer)).astype(jnp.int32)
         plan = kernels.plan(layer.picks, layer.experts)
         rows = kernels.empty_rows(plan, layer.x.shape[1])
@@ -145,10 +165,7 @@ class _Work:
         keys = forecast.protected(memory, policy.evictor.keys(memory.evictor, layer.index))
         shelf = supply.forget(shelf, used.needed, layer.x)
         shelf = supply.request(shelf, pending, order, Kind.DEMAND, layer.x)
-        if layer.routing.low is not None:
-            index = jnp.where(low, supply.ids(), -1)
-            source, layout = store.low.records, store.low.layout
-            _, rows = kernels.experts(layout, source, index, plan, layer.x, rows)
+        rows = self._from_copies(low, plan, rows)
         moved, prefetched = Moved.none(), jnp.int32(0)
         if policy.predictor.horizon and not (layer.prefill and policy.predictor.attends):
             ready = pending & there & ~account.fresh
@@ -159,11 +176,59 @@ class _Work:
             memory, shelf, kv, prefetched = self._prefetch(memory, shelf, kv, plan, rows)
             shelf = supply.copy(shelf, copies, rows)
         if policy.placement.uses_host:
-            rows = supply.on_host(shelf, host, plan, layer.x, rows)
+            rows = supply.on_host(shelf, host | overdue, plan, layer.x, rows)
         shelf, rows, moved, passes = self._rest(shelf, keys, pending, order, plan, rows, moved)
+        if policy.foresight.after and not layer.prefill:
+            shelf, memory, count = self._bring(shelf, memory, rows, fetchable & ~there)
+            prefetched += count
         y = kernels.combine(plan, rows, layer.routing.weight)
-        trace = self._trace(there, late, low, host, account, moved, prefetched, passes)
+        where = (there, late, low, host, overdue)
+        trace = self._trace(where, account, moved, prefetched, passes)
         return y, shelf, memory, kv, trace
+
+    def draft(self, memory: PolicyMemory) -> tuple:
+        """Mixture, shelf, memory and trace of drafted tokens."""
+        supply, layer, needed = self.supply, self.layer, self.used.needed
+        shelf = supply.open(self.cache)
+        there = supply.slots(shelf.residency) >= 0
+        low = jnp.zeros_like(there) if layer.routing.low is None else needed & layer.routing.low
+        plan = kernels.plan(layer.picks, layer.experts)
+        rows = self._from_copies(low, plan, kernels.empty_rows(plan, layer.x.shape[1]))
+        run = needed & there & ~low
+        shelf, rows, _, cost = supply.compute(shelf, None, run, plan, layer.x, rows)
+        prefetched, none = jnp.int32(0), jnp.zeros_like(there)
+        if supply.policy.foresight.drafts:
+            shelf, memory, prefetched = self._bring(shelf, memory, rows, none)
+        y = kernels.combine(plan, rows, layer.routing.weight)
+        moved = Moved.none().add(jnp.int32(0), *cost)
+        account = forecast.Account.none(layer.experts)
+        where = (there, none, low, none, none)
+        trace = self._trace(where, account, moved, prefetched, jnp.int32(0))
+        return y, shelf, memory, trace
+
+    def _from_copies(self, low: jax.Array, plan: Any, rows: jax.Array) -> jax.Array:
+        """The rows with those of the experts `low` [E], run from their low-bit copies."""
+        if self.layer.routing.low is None:
+            return rows
+        index, copies = jnp.where(low, self.supply.ids(), -1), self.supply.store.low
+        return kernels.experts(copies.layout, copies.records, index, plan, self.layer.x, rows)[1]
+
+    def _bring(
+        self, shelf: Shelf, memory: PolicyMemory, rows: jax.Array, missed: jax.Array
+    ) -> tuple[Shelf, PolicyMemory, jax.Array]:
+        """Bring in what the foresight wants for the next run of this layer."""
+        layer = self.layer
+        seen = window.glimpse(
+            self.supply,
+            shelf,
+            memory,
+            layer.scores,
+            layer.valid,
+            layer.picks.shape[1],
+            chance=layer.chance,
+            missed=missed,
+        )
+        return window.bring(self.supply, shelf, memory, seen, rows)
 
     def _host(self, missing: jax.Array, hits: jax.Array) -> jax.Array:
         """[E] which of the missing experts are computed on the host."""
@@ -261,16 +326,14 @@ class _Work:
 
     def _trace(
         self,
-        there: jax.Array,
-        late: jax.Array,
-        low: jax.Array,
-        host: jax.Array,
+        where: tuple[jax.Array, ...],
         account: forecast.Account,
         moved: Moved,
         prefetched: jax.Array,
         passes: jax.Array,
     ) -> LayerTrace:
         needed, (exact, replaced) = self.used.needed, self._exact_picks()
+        there, late, low, host, overdue = where
         hits = needed & there & ~low
 
         def count(chosen: jax.Array) -> jax.Array:
@@ -283,6 +346,7 @@ class _Work:
             fetched=moved.records,
             prefetched=prefetched,
             host=count(host),
+            overdue=count(overdue),
             low=count(low),
             passes=passes,
             stall=moved.stall,

@@ -19,6 +19,12 @@ class Account:
     wanted: jax.Array  # [E] bool, the predicted experts
     fresh: jax.Array  # [E] bool, prefetched and used here the first time, if at all
 
+    @classmethod
+    def none(cls, experts: int) -> "Account":
+        """Where nothing was predicted."""
+        zero, none = jnp.int32(0), jnp.zeros(experts, bool)
+        return cls(predicted=zero, right=zero, used=zero, wanted=none, fresh=none)
+
 
 def resolve(
     memory: PolicyMemory, layer: jax.Array, needed: jax.Array, resident: jax.Array
@@ -31,8 +37,7 @@ def resolve(
     """
     experts, book = needed.shape[0], memory.forecast
     if book is None:
-        zero, none = jnp.int32(0), jnp.zeros_like(needed)
-        return memory, Account(predicted=zero, right=zero, used=zero, wanted=none, fresh=none)
+        return memory, Account.none(experts)
     start = (layer * experts,)
     wanted = jax.lax.dynamic_slice(book.wanted, start, (experts,))
     # A record that has left since it was prefetched is not prefetched any more.

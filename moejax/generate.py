@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.cycles import Cycles, Helper, tokens_of
 from moejax.decode import (
     check_arrived,
     check_room,
@@ -19,10 +20,11 @@ from moejax.decode import (
     step,
     token_ids,
 )
-from moejax.errors import InputError, LinkError, NonFiniteError
+from moejax.errors import InputError, LinkError, NonFiniteError, PolicyError
 from moejax.kernels.transport import Store
 from moejax.live import Costs, Drift, DriftBudget
 from moejax.models.transformer import Decoder
+from moejax.packing import Packed, pack
 from moejax.policy import Policy
 from moejax.sampling import (
     Sampling,
@@ -34,6 +36,7 @@ from moejax.sampling import (
     token_logprobs,
     top_logprobs,
 )
+from moejax.speculate import Made, Target
 from moejax.state import DecodeState, ExpertStore, StepOutput, pytree
 from moejax.stats import Stats, Totals, totals_of
 
@@ -47,7 +50,6 @@ class Drawn:
     top_logprob: jax.Array  # [B, n] f32
     top_token: jax.Array  # [B, n] i32
     bad: jax.Array  # [B] bool, NaN or infinity in the logits
-    logits: jax.Array | None  # [B, V] f32, if they were asked for
     totals: Totals | None
 
 
@@ -68,7 +70,6 @@ def _draw(
     key: jax.Array,
     seen: Any,
     top: int,
-    logits: bool,
 ) -> Drawn:
     numbers = jnp.arange(out.logits.shape[0], dtype=jnp.int32)
     token = sample(out.logits, sampling, sequence_keys(key, numbers, length), seen)
@@ -79,7 +80,6 @@ def _draw(
         top_logprob=values,
         top_token=ids,
         bad=nonfinite_rows(out.logits),
-        logits=out.logits if logits else None,
         totals=totals_of(out.trace),
     )
 
@@ -100,15 +100,19 @@ def generate_step(
     *,
     top: int = 0,
     logits: bool = False,
-) -> tuple[DecodeState, jax.Array | None, Drawn]:
+) -> tuple[DecodeState, jax.Array | None, Packed, jax.Array | None]:
     """Process tokens [B, T] (-1 = padding or a finished sequence) and draw the next ones.
 
     Donates `state` and `seen` [B, V], the mask of the repetition penalty (None without one).
+
+    Returns:
+        The state, the mask, a packed `Drawn`, and the logits [B, V] if they were asked for.
     """
     if seen is not None:
         seen = mark_seen(seen, jnp.maximum(tokens, 0), tokens >= 0)
     state, out = step(model, policy, params, store, state, tokens)
-    return state, seen, _draw(out, state.length, sampling, key, seen, top, logits)
+    drawn = pack(_draw(out, state.length, sampling, key, seen, top))
+    return state, seen, drawn, out.logits if logits else None
 
 
 @dataclasses.dataclass
@@ -122,6 +126,7 @@ class Engine:
     context: int  # tokens per sequence
     link: Store | None = None  # of a store behind a link
     drift: DriftBudget | None = None
+    helper: Helper | None = None  # a draft model
 
     def tokens(
         self,
@@ -136,11 +141,16 @@ class Engine:
         finished: np.ndarray,
         seen: jax.Array | None = None,
         top: int = 0,
+        history: Sequence[np.ndarray] | None = None,
     ) -> Iterator[tuple[DecodeState, list[Token]]]:
         """Prefill the prompts, then yield the state and each step's new tokens.
 
         A sequence ends at a stop token (yielded too) or when the caller sets its entry of
-        `finished` [B]; the loop ends when all have, or after `max_new_tokens`.
+        `finished` [B]; the loop ends when all have, or after `max_new_tokens`. Under a policy that
+        drafts, a step may make several tokens of a sequence.
+
+        Args:
+            history: tokens that the KV cache already holds, for drafts from the text.
 
         Raises:
             InputError: an empty prompt, a token out of range, or a context too small.
@@ -159,7 +169,7 @@ class Engine:
         done = 0
         stats.prompt_tokens += sum(len(p) for p in prompts)
         for tokens in chunks(prompts):
-            state, drawn = run.step(state, tokens, prefill=True)
+            state, drawn, _ = run.step(state, tokens, prefill=True)
             size = tokens.shape[1]
             ends = [done < len(p) <= done + size for p in prompts]
             done += size
@@ -172,6 +182,11 @@ class Engine:
                 stats.new_tokens += len(first)
                 yield state, first
                 finished |= np.isin(pending, list(stop_ids)) & np.array(ends)
+        if self.policy is not None and self.policy.speculation.max_length:
+            before = history or [np.zeros(0, np.int32)] * len(prompts)
+            texts = [[*h, *p, t] for h, p, t in zip(before, prompts, pending, strict=True)]
+            yield from run.cycles(state, texts, max_new_tokens, stop_ids, finished)
+            return
         for _ in range(max_new_tokens - 1):
             if finished.all():
                 return
@@ -201,12 +216,58 @@ class _Run:
         top: int,
     ):
         self.engine, self.stats, self.link = engine, stats, engine.link
-        self.sampling, self.key, self.seen, self.top = sampling, key, seen, top
+        self.sampling = jax.device_put(sampling)  # once, not in every step
+        self.key, self.seen, self.top = key, seen, top
         self.policy = engine.policy
         self.costs = Costs(engine.policy, engine.link)
         self.drift = engine.drift and Drift(engine.drift, engine.policy)
         stats.drift = self.drift and self.drift.stats
         self.before = self.link.stats().bytes if self.link else 0
+        if engine.drift is not None and engine.policy.speculation.max_length:
+            raise PolicyError("a drift budget cannot steer a policy that drafts")
+
+    def cycles(
+        self,
+        state: DecodeState,
+        texts: list[list[int]],
+        max_new_tokens: int,
+        stop_ids: frozenset[int],
+        finished: np.ndarray,
+    ) -> Iterator[tuple[DecodeState, list[Token]]]:
+        """Speculative cycles; one token of each sequence has been made."""
+        engine, stats = self.engine, self.stats
+        fixed = {"model": engine.model, "params": engine.params, "store": engine.store}
+        target = Target(policy=self.policy, **fixed)
+        loop = Cycles(target, engine.helper, stats, self.sampling, self.key, self.top)
+        loop.begin(state, texts, self.seen)
+        room = np.full(len(texts), max_new_tokens - 1)
+        while not (finished | (room < 1)).all():
+            begun = time.perf_counter()
+            active = ~finished & (room > 0)
+            try:
+                made = loop.step(active, room)
+            except LinkError as error:
+                why = self.link.last_error() if self.link else str(error)
+                raise LinkError(f"expert records did not arrive: {why}") from None
+            places = [*tokens_of(made, ~active, room, stop_ids)]
+            if (made.bad & active).any():
+                raise NonFiniteError(NONFINITE)
+            stats.decode_seconds += time.perf_counter() - begun
+            self._count_bytes(prefill=False)
+            fresh = [_token(made, b, i) for b, i in places]
+            stats.new_tokens += len(fresh)
+            for token in fresh:
+                room[token.sequence] -= 1
+            yield loop.run.state, fresh
+            for token in fresh:
+                finished[token.sequence] |= token.id in stop_ids
+
+    def _count_bytes(self, *, prefill: bool) -> None:
+        if self.link is None:
+            return
+        self.stats.link_bytes = self.link.stats().bytes - self.before
+        if prefill:
+            self.stats.prefill_link_bytes = self.stats.link_bytes
 
     def decode(
         self, state: DecodeState, tokens: np.ndarray, active: np.ndarray
@@ -214,9 +275,9 @@ class _Run:
         """One decode step of tokens [B, 1], after which the policy's live numbers follow."""
         looked = self.drift is not None and self.drift.due()
         before = np.asarray(state.length) if looked else None
-        state, drawn = self.step(state, tokens, prefill=False, logits=looked)
+        state, drawn, logits = self.step(state, tokens, prefill=False, logits=looked)
         if looked:
-            state, nats = self._probe(rewind(state, before), tokens, drawn.logits)
+            state, nats = self._probe(rewind(state, before), tokens, logits)
             self.policy = self.drift.learn(self.policy, nats[active])
         if self.costs.active:
             self.policy = self.costs.learn(self.policy)
@@ -230,10 +291,10 @@ class _Run:
         *,
         prefill: bool,
         logits: bool = False,
-    ) -> tuple[DecodeState, Drawn]:
+    ) -> tuple[DecodeState, Drawn, jax.Array | None]:
         """One step, counted, and what it chose, on the host; LinkError if it was not made."""
         engine, stats = self.engine, self.stats
-        state, self.seen, drawn = generate_step(
+        state, self.seen, packed, kept = generate_step(
             engine.model,
             self.policy,
             engine.params,
@@ -246,16 +307,13 @@ class _Run:
             top=self.top,
             logits=logits,
         )
-        drawn = jax.device_get(drawn)
+        drawn = packed.unpacked()
         if drawn.totals is not None and drawn.totals.failure:
             why = self.link.last_error() if self.link else f"status {int(drawn.totals.failure)}"
             raise LinkError(f"expert records did not arrive: {why}; the step was not made")
         stats.add(drawn.totals, prefill=prefill)
-        if self.link is not None:
-            stats.link_bytes = self.link.stats().bytes - self.before
-            if prefill:
-                stats.prefill_link_bytes = stats.link_bytes
-        return state, drawn
+        self._count_bytes(prefill=prefill)
+        return state, drawn, kept
 
     def _probe(
         self, state: DecodeState, tokens: np.ndarray, lossy: np.ndarray
@@ -279,8 +337,7 @@ class _Run:
         stats.prefetch_used += int(totals.prefetch_used)
         stats.host += int(totals.host)
         stats.drift.fetched += int(totals.fetched) + int(totals.prefetched)
-        if self.link is not None:
-            stats.link_bytes = self.link.stats().bytes - self.before
+        self._count_bytes(prefill=False)
         nats = np.asarray(_divergence(out.logits, lossy))
         stats.drift.seconds += time.perf_counter() - begun
         return state, nats
@@ -289,22 +346,26 @@ class _Run:
 _divergence = jax.jit(divergence)
 
 
+NONFINITE = (
+    "the logits hold NaN or infinity; check the weights (`moejax inspect --verify`) or run in "
+    "float32"
+)
+
+
 def _collect(drawn: Drawn, active: np.ndarray) -> list[Token]:
     """The tokens of the active sequences; NonFiniteError for NaN or infinity in their logits."""
     if (drawn.bad & active).any():
-        raise NonFiniteError(
-            "the logits hold NaN or infinity; check the weights (`moejax inspect --verify`) or "
-            "run in float32"
-        )
-    return [
-        Token(
-            sequence=int(i),
-            id=int(drawn.token[i]),
-            logprob=float(drawn.logprob[i]),
-            top_logprobs=tuple(
-                (int(t), float(v))
-                for t, v in zip(drawn.top_token[i], drawn.top_logprob[i], strict=True)
-            ),
-        )
-        for i in np.flatnonzero(active)
-    ]
+        raise NonFiniteError(NONFINITE)
+    return [_token(drawn, int(i)) for i in np.flatnonzero(active)]
+
+
+def _token(drawn: Drawn | Made, sequence: int, place: int | None = None) -> Token:
+    """The token of a sequence, the one at `place` of a cycle."""
+    at = sequence if place is None else (sequence, place)
+    top = zip(drawn.top_token[at], drawn.top_logprob[at], strict=True)
+    return Token(
+        sequence=sequence,
+        id=int(drawn.token[at]),
+        logprob=float(drawn.logprob[at]),
+        top_logprobs=tuple((int(t), float(v)) for t, v in top),
+    )

@@ -348,10 +348,10 @@ class LiveCycles:
         return _median([ms for _, ms, _ in self._recent(0)] or [1.0])
 
     def costs(self) -> CycleCosts:
-        """The estimates, as arrays: replacing those of a policy does not recompile."""
+        """The estimates, as f32 scalars: replacing those of a policy does not recompile."""
         names = ("fixed_ms", "draft_ms", "token_ms", "miss_ms")
         found = dict(zip(names, self._fit()[1:], strict=True)) | {"plain_ms": self.plain_ms}
-        return CycleCosts(**{name: jnp.float32(value) for name, value in found.items()})
+        return CycleCosts(**{name: np.float32(value) for name, value in found.items()})
 
     def _recent(self, gamma: int) -> list[tuple[int, float, np.ndarray]]:
         noted = list(self._noted.get(gamma, ()))

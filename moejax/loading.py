@@ -4,7 +4,7 @@ import os
 import pathlib
 from typing import Any
 
-from moejax import allocator, decode, devices, low_bits, orbax_directory, tiers, warm
+from moejax import allocator, decode, devices, drafters, low_bits, orbax_directory, tiers, warm
 from moejax.checkpoints import convert, gguf_file, gguf_model, headers, hf
 from moejax.checkpoints.rules import WeightMap
 from moejax.config import ModelConfig, read_config_json
@@ -41,6 +41,7 @@ def load(
     check_finite: bool = True,
     check_records: bool = False,
     residency_file: str | os.PathLike | None = None,
+    draft: str | os.PathLike | None = None,
     progress: Any = None,
 ) -> Runtime:
     """Load a model so that it runs under a budget.
@@ -69,6 +70,8 @@ def load(
         check_records: compare the checksum of every record read from a disk.
         residency_file: which experts were resident at the end of the last run; read if it exists,
             so that this one starts warm, and written when a generation ends.
+        draft: a smaller model with the same tokens, for policies that draft with one; of "tiny" it
+            is "tiny-draft" by default.
         progress: called with (bytes read, bytes in all).
 
     Raises:
@@ -84,8 +87,7 @@ def load(
     memory = None if device_memory is None else parse_bytes(device_memory)
     _bound_allocator(config, quant or dtype, memory)  # before anything starts JAX
     budgeted = memory is not None or host_memory is not None
-    chosen = _policy(config, policy, budgeted)
-    context = decode.checked_context(config, context)
+    chosen, context = _policy(config, policy, budgeted), decode.checked_context(config, context)
     model = Decoder(config, dtype, quant, devices.kernels(kernels))
     if memory is not None:
         slots = devices.slots_for(model, chosen, memory, context, batch)
@@ -97,7 +99,7 @@ def load(
         source = tiers.bank_directory(source, _weights(model), quant, progress)
     flat, records = _read(source, model, slots == total, check_finite, progress)
     opened, records = tiers.open_link(over, source, records, check_records)
-    return Runtime(
+    made = Runtime(
         config=config,
         model=model,
         params=devices.dense_params(flat),
@@ -113,6 +115,7 @@ def load(
         tier=str(over) if over else None,
         residency_file=residency_file,
     )
+    return drafters.equipped(made, path_or_name, draft, budgeted, kernels, load)
 
 
 def _check_arguments(dtype: str, slots: Any, device: Any, host: Any, batch: Any) -> None:

@@ -16,9 +16,9 @@ FORMAT = "int4g32"
 
 def check(policy: Policy, budgeted: bool) -> None:
     """Raise PolicyError if the router wants copies and memory is budgeted: they are not counted."""
-    if policy.router.low_bit and budgeted:
+    if policy.low_bit and budgeted:
         raise PolicyError(
-            f"{type(policy.router).__name__} keeps low-bit copies of all experts in fast memory, "
+            f"{_who(policy)} keeps low-bit copies of all experts in fast memory, "
             "which a budget does not count: give slots instead"
         )
 
@@ -30,14 +30,19 @@ def for_policy(policy: Policy | None, store: ExpertStore | None) -> ExpertStore 
         PolicyError: copies that cannot be made here.
         InputError: see `copies`.
     """
-    if policy is None or not policy.router.low_bit:
+    if policy is None or not policy.low_bit:
         return store
-    name = type(policy.router).__name__
+    name = _who(policy)
     if store.records is None:
         raise PolicyError(f"{name} makes low-bit copies from memory, and the disk has all experts")
     if jax.default_backend() != "cpu":
         raise PolicyError(f"{name} has not been made to run on a GPU yet: run it on a CPU")
     return dataclasses.replace(store, low=copies(store))
+
+
+def _who(policy: Policy) -> str:
+    router = policy.router if policy.router.low_bit else policy.speculation.draft.router
+    return type(router).__name__
 
 
 def copies(store: ExpertStore, format: str = FORMAT) -> LowBits:

@@ -45,6 +45,14 @@ ResidencyFile = Annotated[
 CheckRecords = Annotated[
     bool, typer.Option("--check-records", help="Compare the checksum of every record read.")
 ]
+DraftModel = Annotated[
+    str | None,
+    typer.Option(
+        "--draft",
+        help="A smaller model with the same tokens, for policies that draft with one; 'tiny' "
+        "brings its own.",
+    ),
+]
 PolicyName = Annotated[
     str,
     typer.Option(
@@ -100,6 +108,7 @@ LOADING = (
     "residency_file",
     "check_records",
     "virtual",
+    "draft",
 )
 
 

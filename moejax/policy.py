@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from moejax.errors import PolicyError
 from moejax.eviction import Evictor
+from moejax.foresight import Foresight, NoForesight
 from moejax.placement import Placement
 from moejax.prediction import (
     Cutoff,
@@ -40,6 +41,7 @@ class Policy:
     capacity: jax.Array | int  # slots in use: at most S, at least one (per layer if divided)
     predictor: Predictor = dataclasses.field(default_factory=NoPrediction)
     cutoff: Cutoff = dataclasses.field(default_factory=NoCutoff)
+    foresight: Foresight = dataclasses.field(default_factory=NoForesight)
     speculation: Speculation = dataclasses.field(default_factory=NoSpeculation)
     must_be_exact: bool = static(default=False)
 
@@ -55,6 +57,18 @@ class Policy:
         """Whether every run under this policy is bit-exact."""
         return self.router.exact
 
+    @property
+    def low_bit(self) -> bool:
+        """Whether its router, or that of its drafts, runs low-bit copies."""
+        draft = getattr(self.speculation.draft, "router", None)
+        return bool(self.router.low_bit or (draft is not None and draft.low_bit))
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether experts are brought in before their layer asks for them."""
+        foresight = self.foresight
+        return bool(self.predictor.horizon or foresight.drafts or foresight.after)
+
     def init(self, num_layers: int, num_experts: int) -> PolicyMemory:
         """The policy's memory before the first token."""
         none = jnp.zeros(num_layers * num_experts, bool)
@@ -62,8 +76,9 @@ class Policy:
             router=self.router.init(num_layers, num_experts),
             evictor=self.evictor.init(num_layers, num_experts),
             predictor=self.predictor.init(num_layers, num_experts),
+            foresight=self.foresight.init(),
             speculation=self.speculation.init(),
-            forecast=Forecast(wanted=none, fresh=none) if self.predictor.horizon else None,
+            forecast=Forecast(wanted=none, fresh=none) if self.looks_ahead else None,
         )
 
 
@@ -84,8 +99,8 @@ def policy(name: str | Policy) -> Policy:
     A name may be followed by numbers: "smoe:alpha=0.35,window=32".
 
     Raises:
-        PolicyError: no such policy (the message lists those that exist), no such number, or a
-            policy that drafts.
+        PolicyError: no such policy (the message lists those that exist), no such number, or parts
+            that do not go together.
     """
     from moejax.presets import PRESETS, build
 
@@ -109,7 +124,8 @@ PARTS = {
     "placement": ("uses_host", "fetch"),
     "predictor": ("horizon", "attends", "init", "observe", "wanted"),
     "cutoff": ("allows",),
-    "speculation": ("max_length", "init", "length", "observe"),
+    "foresight": ("drafts", "after", "gains", "init", "wanted", "spent"),
+    "speculation": ("max_length", "draft", "init", "length", "observe"),
 }
 
 
@@ -122,11 +138,8 @@ def _runnable(policy: Policy) -> Policy:
             raise PolicyError(f"{kind} is no {name}: it has no {', '.join(missing)}")
         if jax.tree_util.all_leaves([part]):
             raise PolicyError(f"{kind} is no pytree: decorate it with moejax.state.pytree")
-    if policy.speculation.max_length:
-        raise PolicyError(
-            "this policy drafts tokens, and there is no decoding loop that verifies drafts yet: "
-            "leave its speculation at NoSpeculation()"
-        )
+    if policy.foresight.drafts and not policy.speculation.max_length:
+        raise PolicyError("this policy prefetches what drafts want, but drafts nothing")
     return policy
 
 

@@ -1,6 +1,7 @@
 """Policies by name, each after what it reproduces; their numbers can be given as text.
 
-`smoe` is SMoE (arXiv 2508.18983), the others are what it and its rivals are compared with.
+`smoe` is SMoE (arXiv 2508.18983), `specmoe` SpecMoE (2604.10152), `sp_moe` SP-MoE (2510.10302),
+`moe_spac` MoE-SpAc (2603.09983); the others are what they are compared with.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from moejax.alternatives import CacheBoost, LowBitFallback
+from moejax.drafting import AllLowBits, GatedBias, NearestResident, SkipMissing
 from moejax.errors import PolicyError
 from moejax.eviction import LRU, Evictor
 from moejax.evictors import (
@@ -21,11 +23,25 @@ from moejax.evictors import (
     ScoreWindow,
     TwoQueue,
 )
+from moejax.foresight import DraftRouting, Promote, UtilityQueue
+from moejax.lengths import CycleCosts, FixedLength, Lengths, LiveLength
+from moejax.pinning import DraftSet
 from moejax.placement import BandwidthShare, FetchAll, HostAll, ThreeTimelines, TwoPointer
 from moejax.policy import UNLIMITED, Policy
-from moejax.prediction import Everything, NextAttention, NextGate, NextResidual
+from moejax.prediction import (
+    MANY,
+    Everything,
+    LastLayer,
+    NextAttention,
+    NextGate,
+    NextResidual,
+)
+from moejax.price import Costs, Priced, PricedPlacement
 from moejax.routing import TopK
+from moejax.speculation import Draft, LookupDraft, ModelDraft, SelfDraft, Speculate
 from moejax.substitution import Substitute
+from moejax.utility import Utility
+from moejax.value import Value
 
 WINDOW_SIZE = 64  # steps that a window's memory has room for: to change n below never recompiles
 
@@ -190,6 +206,112 @@ def cache_boost(boost: float = 0.5, keep: int = 1) -> Policy:
     )
 
 
+def _drafting(draft: Draft, gamma: int, lengths: Lengths | None = None) -> Speculate:
+    lengths = FixedLength(gamma=jnp.int32(gamma)) if lengths is None else lengths
+    return Speculate(draft=draft, lengths=lengths, max_length=max(gamma, 1))
+
+
+def _live() -> LiveLength:
+    start = {"plain_ms": 1.0, "fixed_ms": 0.5, "draft_ms": 0.3, "token_ms": 0.1, "miss_ms": 0.05}
+    costs = CycleCosts(**{name: jnp.float32(value) for name, value in start.items()})
+    return LiveLength(costs=costs)
+
+
+def specmoe(gamma: int = 5, size: int = 8, decay: float = 0.5) -> Policy:
+    """SpecMoE: drafts by the nearest of `size` pinned experts per layer, chosen in verification."""
+    router = NearestResident(distance=None)
+    return _exact(
+        DraftSet(size=jnp.int32(size), decay=jnp.float32(decay)),
+        speculation=_drafting(SelfDraft(router=router), gamma),
+    )
+
+
+def self_draft(gamma: int = 2, window: int = 32) -> Policy:
+    """Drafts by all residents, missing experts left out; the smallest mean score leaves first."""
+    draft = SelfDraft(router=SkipMissing())
+    return _exact(_window(window), speculation=_drafting(draft, gamma))
+
+
+def self_draft_bias(gamma: int = 2, window: int = 32) -> Policy:
+    """The same with a gated bias towards residents before the top-k choice."""
+    draft = SelfDraft(router=GatedBias())
+    return _exact(_window(window), speculation=_drafting(draft, gamma))
+
+
+def lookup(gamma: int = 4, least: int = 2) -> Policy:
+    """Drafts what followed the last occurrence of the newest tokens; LRU."""
+    return _exact(LRU(), speculation=_drafting(LookupDraft(least=jnp.int32(least)), gamma))
+
+
+def moe_speq(gamma: int = 4, limit: int = MANY) -> Policy:
+    """Drafts by int4 copies of all experts, whose routing is prefetched (arXiv 2511.14102)."""
+    return _exact(
+        LRU(),
+        foresight=DraftRouting(limit=jnp.int32(limit)),
+        speculation=_drafting(SelfDraft(router=AllLowBits()), gamma),
+    )
+
+
+def sp_moe(gamma: int = 4, limit: int = MANY, cutoff: int = MANY) -> Policy:
+    """SP-MoE: a draft model's attention outputs through the gates, up to layer `cutoff`; LRU."""
+    return _exact(
+        LRU(),
+        cutoff=LastLayer(last=jnp.int32(cutoff)),
+        foresight=DraftRouting(limit=jnp.int32(limit)),
+        speculation=_drafting(ModelDraft(), gamma),
+    )
+
+
+def sp_moe_self(gamma: int = 2, limit: int = MANY, cutoff: int = MANY, window: int = 32) -> Policy:
+    """SP-MoE fed by the self-draft, whose own routing is the prediction."""
+    made = self_draft(gamma, window)
+    return dataclasses.replace(
+        made,
+        cutoff=LastLayer(last=jnp.int32(cutoff)),
+        foresight=DraftRouting(limit=jnp.int32(limit)),
+    )
+
+
+def auto(
+    gamma: int = 4, decay: float = 0.9, load: float = 3.0, host: float = 1.0, rate: float = 0.5
+) -> Policy:
+    """Ours: whatever is predicted to cost least, for every miss, every slot and every draft."""
+    costs = Costs(load=jnp.float32(load), host0=jnp.float32(host), device=jnp.float32(load / 30))
+    made = _exact(
+        Value(decay=jnp.float32(decay)),
+        placement=PricedPlacement(costs=costs),
+        foresight=Promote(rate=jnp.float32(rate)),
+    )
+    if not gamma:
+        return made
+    draft = SelfDraft(router=SkipMissing())
+    return dataclasses.replace(made, speculation=_drafting(draft, gamma, _live()))
+
+
+def auto_lossy(
+    alpha: float = 0.5,
+    gamma: int = 0,
+    decay: float = 0.9,
+    load: float = 0.15,
+    host: float = 0.05,
+    rate: float = 0.5,
+) -> Policy:
+    """The same, and experts are replaced where that costs less than alpha of loss per ms."""
+    made = dataclasses.replace(auto(gamma, decay, load, host, rate), must_be_exact=False)
+    router = Priced(alpha=jnp.float32(alpha), costs=made.placement.costs, kappa=None)
+    return dataclasses.replace(made, router=router)
+
+
+def moe_spac(gamma: int = 8, cap: int = 5, up: float = 5.0, threshold: int = 1) -> Policy:
+    """MoE-SpAc: a draft model, utility levels from windows, misses on the host."""
+    return _exact(
+        Utility(cap=jnp.int32(cap), up=jnp.float32(up)),
+        placement=HostAll(),
+        foresight=UtilityQueue(threshold=jnp.int32(threshold)),
+        speculation=_drafting(ModelDraft(), gamma),
+    )
+
+
 PRESETS: dict[str, Callable[..., Policy]] = {
     made.__name__.replace("_", "-"): made
     for made in (
@@ -213,6 +335,16 @@ PRESETS: dict[str, Callable[..., Policy]] = {
         smoe_timelines,
         cache_boost,
         low_bit,
+        specmoe,
+        self_draft,
+        self_draft_bias,
+        lookup,
+        moe_speq,
+        sp_moe,
+        sp_moe_self,
+        moe_spac,
+        auto,
+        auto_lossy,
     )
 }
 
@@ -227,6 +359,13 @@ BOUNDS = {
     "period": (1, 2**30),
     "limit": (1, 2**30),
     "keep": (0, 2**30),
+    "gamma": (0, 64),
+    "least": (1, 3),
+    "size": (1, 2**30),
+    "cap": (1, 8),
+    "up": (0.0, 9.0),
+    "cutoff": (0, 2**30),
+    "threshold": (1, 8),
 }
 MOST = 1e30
 

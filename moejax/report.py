@@ -28,8 +28,9 @@ def stats_rows(runtime: Any) -> list[tuple[str, str]]:
     if stats.ttft is not None:
         rows.append(("time to first token", f"{stats.ttft * 1e3:.1f} ms"))
     if stats.tpot is not None:
-        rate = f"{1 / stats.tpot:.1f} steps/s"
+        rate = f"{1 / stats.tpot:.1f} per second"
         rows.append(("time per output token", f"{stats.tpot * 1e3:.2f} ms ({rate})"))
+    rows += _drafts(stats)
     if total:
         slots = runtime.slots_in_use
         rows.append(("experts resident", f"{slots} of {total} ({slots / total:.0%})"))
@@ -40,6 +41,15 @@ def stats_rows(runtime: Any) -> list[tuple[str, str]]:
     rows += _drift(stats)
     rows.append(("result", _label(stats, runtime.model.quant)))
     return rows
+
+
+def _drafts(stats: Any) -> list[tuple[str, str]]:
+    if not stats.row_steps:
+        return []
+    lengths = ", ".join(f"{n} of {g}" for g, n in sorted(stats.draft_lengths.items()))
+    accepted = f"{stats.accepted} of {stats.drafted} drafted tokens accepted"
+    made = f"{stats.tokens_per_step:.2f} tokens per cycle"
+    return [("speculation", f"{made}, {accepted}"), ("cycles by draft length", lengths)]
 
 
 def _hits(stats: Any) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from moejax import decode, devices, warm
 from moejax.config import ModelConfig
+from moejax.cycles import Helper
 from moejax.errors import BudgetError, InputError, TokenizerError
 from moejax.generate import Engine, Token
 from moejax.kernels.transport import Store
@@ -61,6 +62,7 @@ class Runtime:
     link: Store | None = None  # what experts are moved over; open as long as the runtime lives
     tier: str | None = None  # the link's name
     residency_file: pathlib.Path | None = None  # for warm starts: read if it exists, then written
+    draft: "Runtime | None" = None  # the model that drafts, for policies that want one
     stats: Stats = dataclasses.field(init=False)
     _tokenizer: Tokenizer | None = dataclasses.field(default=None, init=False, repr=False)
 
@@ -78,7 +80,16 @@ class Runtime:
     def engine(self) -> Engine:
         """The fixed arguments of the step, with the loops over it."""
         fixed = (self.model, self.policy, self.params, self.store)
-        return Engine(*fixed, context=self.context, link=self.link)
+        helper = self.draft and self.draft.as_helper()
+        return Engine(*fixed, context=self.context, link=self.link, helper=helper)
+
+    def as_helper(self) -> Helper:
+        """This model as the one that drafts for another."""
+
+        def init_state(batch: int, context: int) -> DecodeState:
+            return self.init_state(batch, context=context)
+
+        return Helper(self.model, self.policy, self.params, self.store, init_state)
 
     @property
     def slots_in_use(self) -> int:
@@ -235,10 +246,13 @@ class Runtime:
             finished=finished,
             seen=self._seen(sampling, len(ids), history),
             top=logprobs,
+            history=history,
         )
         for state, tokens in steps:
             for token in tokens:
                 b = token.sequence
+                if finished[b]:  # by a token before it, of the same step
+                    continue
                 emitted[b] += 1
                 reason = "eos" if token.id in self.stop_ids else None
                 text = ""

@@ -94,8 +94,9 @@ class PolicyMemory:
     router: Any
     evictor: Any
     predictor: Any
+    foresight: Any
     speculation: Any
-    forecast: Forecast | None  # None for predictors that never prefetch
+    forecast: Forecast | None  # None for policies that never prefetch
 
 
 @pytree
@@ -136,6 +137,7 @@ class StepTrace:
     fetched: jax.Array  # [L] i32, missing records copied into slots
     prefetched: jax.Array  # [L] i32, records copied ahead for a later layer, while in this one
     host: jax.Array  # [L] i32, experts computed on the host
+    overdue: jax.Array  # [L] i32, of those `late`, computed there too: they took too long
     low: jax.Array  # [L] i32, experts computed from their low-bit copies
     passes: jax.Array  # [L] i32, passes over the slots
     stall: jax.Array  # [L] i32, microseconds waited for the link
@@ -157,3 +159,5 @@ class StepOutput:
 
     logits: jax.Array  # [B, V] f32 of the last token of each sequence, or [B, T, V]
     trace: StepTrace | None  # None for dense models
+    # [A, N, D] f32, what follows each layer's attention, when asked for
+    hidden: jax.Array | None = None

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 
 from moejax.live import DriftStats
 from moejax.state import StepTrace, array_fields, pytree
@@ -18,6 +19,7 @@ class Totals:
     fetched: jax.Array  # [] i32
     prefetched: jax.Array  # [] i32
     host: jax.Array  # [] i32
+    overdue: jax.Array  # [] i32
     low: jax.Array  # [] i32
     exact_needed: jax.Array  # [] i32
     exact_hits: jax.Array  # [] i32
@@ -45,6 +47,7 @@ _IN_DECODE = (
     "needed",
     "hits",
     "late",
+    "overdue",
     "exact_needed",
     "exact_hits",
     "replaced",
@@ -61,7 +64,12 @@ class Stats:
     record_bytes: int  # bytes of one expert's record
     prompt_tokens: int = 0
     new_tokens: int = 0
-    steps: int = 0  # decode steps, prefill not included
+    steps: int = 0  # decode steps or cycles, prefill not included
+    row_steps: int = 0  # of each, the sequences that it ran, summed: for cycles
+    drafted: int = 0  # tokens proposed
+    accepted: int = 0  # of those
+    draft_lengths: dict[int, int] = dataclasses.field(default_factory=dict)  # cycles by gamma
+    draft_prefetched: int = 0  # of `prefetched`, while drafting
     needed: int = 0  # expert uses in decode, per layer and step distinct
     hits: int = 0
     late: int = 0  # of `hits`: the expert had a slot, but its record was still to come over a link
@@ -71,6 +79,7 @@ class Stats:
     prefetched: int = 0  # records copied ahead of need, likewise
     prefill_moved: int = 0  # of `fetched` and `prefetched`
     host: int = 0  # experts computed on the host, prefill included
+    overdue: int = 0  # of `late`, computed there instead of being waited for
     low: int = 0  # experts computed from low-bit copies, likewise
     # Of decode: what the model's own router would have needed and found resident; its picks that
     # were not made; the router weight that its picks lost.
@@ -124,9 +133,23 @@ class Stats:
         return self.prefetch_used / fetched if fetched else None
 
     @property
+    def acceptance(self) -> float | None:
+        """Share of the drafted tokens that were accepted."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """Tokens of a sequence that a decode step makes: 1, or what speculation makes of it."""
+        if not self.steps:
+            return None
+        return 1.0 + self.accepted / self.row_steps if self.row_steps else 1.0
+
+    @property
     def tpot(self) -> float | None:
-        """Seconds per decode step (time per output token of one sequence)."""
-        return self.decode_seconds / self.steps if self.steps else None
+        """Seconds per output token of one sequence, in decode."""
+        if not self.steps:
+            return None
+        return self.decode_seconds / self.steps / self.tokens_per_step
 
     @property
     def bytes_moved(self) -> int:
@@ -137,7 +160,7 @@ class Stats:
 
     @property
     def bytes_per_step(self) -> float | None:
-        """Bytes copied per decode step."""
+        """Bytes moved per decode step or cycle."""
         if not self.steps:
             return None
         if self.link_bytes is not None:
@@ -162,9 +185,28 @@ class Stats:
         self.replaced_mass += float(totals.replaced_mass)
         self.stall_seconds += float(totals.stall) / 1e6
 
+    def add_cycle(self, made: Any, active: np.ndarray, gamma: int) -> None:
+        """Count a cycle (`speculate.Made`, on the host) of the sequences `active` [B]."""
+        self.add(made.totals, prefill=False)
+        self.steps += 1
+        self.row_steps += int(active.sum())
+        self.drafted += int(made.drafted.sum())
+        self.accepted += int(np.maximum(made.count - 1, 0).sum())
+        self.draft_lengths[gamma] = self.draft_lengths.get(gamma, 0) + 1
+        self.prefetched += int(made.prefetched)
+        self.draft_prefetched += int(made.prefetched)
+        self.stall_seconds += float(made.draft_stall) / 1e6
+
     def as_dict(self) -> dict[str, Any]:
         """All fields and derived figures, for JSON."""
         names = ("hit_rate", "exact_hit_rate", "prediction_precision", "prediction_recall")
-        names += ("prefetch_use", "tpot", "bytes_moved", "bytes_per_step")
+        names += (
+            "acceptance",
+            "tokens_per_step",
+            "prefetch_use",
+            "tpot",
+            "bytes_moved",
+            "bytes_per_step",
+        )
         derived = {name: getattr(self, name) for name in names}
         return dataclasses.asdict(self) | derived

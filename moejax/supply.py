@@ -102,6 +102,17 @@ class Supply:
         slots = self.slots(shelf.residency)
         return (slots >= 0) & shelf.arriving[slots]
 
+    def overdue(self, shelf: Shelf, needed: jax.Array, after: jax.Array) -> jax.Array:
+        """[E] those `needed` that have a slot, but whose record the link has not brought yet.
+
+        This is the only thing here that depends on time. It may decide where an expert is computed.
+        """
+        if shelf.arriving is None:
+            return jnp.zeros(self.experts, bool)
+        late = needed & self.late(shelf)
+        ids = jnp.where(late, self.ids(), -1)
+        return late & ~transport.landed(self.store.link, ids, after)
+
     def ids(self) -> jax.Array:
         """[E] ids of the layer's experts."""
         return self.layer * self.experts + jnp.arange(self.experts, dtype=jnp.int32)
@@ -288,7 +299,8 @@ class Supply:
 
         Should it be needed later, it is asked for again.
         """
-        if shelf.arriving is None or not self.policy.predictor.horizon:
+        predicts = self.policy.predictor.horizon or self.policy.foresight.drafts
+        if shelf.arriving is None or not predicts:
             return shelf
         keep = jnp.ones(shelf.residency.slot_of.shape[0], bool)
         keep = jax.lax.dynamic_update_slice(keep, needed, (self.layer * self.experts,))

@@ -16,20 +16,21 @@ MODULE_LINES, FUNCTION_LINES = 400, 60
 
 # From the bottom up: a module imports only from its own group and those before it.
 GROUPS = {
-    "data": "errors layout formats quantise units hardware config state",
+    "data": "errors layout formats quantise units hardware config state packing",
     "decisions": (
         "routing substitution alternatives eviction evictors residency placement prediction "
-        "forecast speculation policy presets sampling"
+        "forecast speculation policy presets sampling drafting lengths cutoffs pinning foresight "
+        "utility price value acceptance"
     ),
     "mechanism": (
-        "supply experts models detokenize chat text decode live stats generate speculate kernels "
-        "checkpoints"
+        "supply window experts models detokenize chat text decode live stats generate speculate "
+        "cycles kernels checkpoints"
     ),
     "analysis": "trace cost plan simulate metrics plots loss tuning",
     "edges": (
         "allocator devices measure tiers warm hub orbax_directory runtime loading session describe "
         "doctor terminal commands conversation evaluate bench options cli __main__ low_bits exits "
-        "policy_commands report"
+        "policy_commands report distances drafters"
     ),
 }
 LEVEL = {name: i for i, names in enumerate(GROUPS.values()) for name in names.split()}

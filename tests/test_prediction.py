@@ -13,7 +13,6 @@ from test_exactness import prompts_of, run
 
 import moejax
 from moejax import decode, residency
-from moejax.errors import PolicyError
 from moejax.kernels import build as build_native
 from moejax.placement import HostAll
 from moejax.policy import policy
@@ -291,21 +290,3 @@ def test_prefetched_bytes_are_counted():
     plain.generate("The sea", max_new_tokens=8)
     assert stats.hit_rate > plain.stats.hit_rate
     assert plain.stats.prefetched == 0
-
-
-def test_a_policy_that_drafts_is_refused():
-    @pytree
-    class Drafts:
-        max_length = 4
-
-        def init(self):
-            return None
-
-        def length(self, memory):
-            return jnp.int32(4)
-
-        def observe(self, memory, drafted, accepted):
-            return None
-
-    with pytest.raises(PolicyError, match="draft"):
-        policy(dataclasses.replace(policy("lru"), speculation=Drafts()))

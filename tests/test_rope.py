@@ -87,7 +87,7 @@ def rope_of(parameters: dict, dim: int = HEAD) -> Rope:
 
 
 def lengths(*values: int) -> jnp.ndarray:
-    return jnp.asarray(values, jnp.int32)
+    return jnp.asarray(values, jnp.int32)[:, None]
 
 
 @given(

@@ -227,6 +227,16 @@ void Store::cancel(const bool* keep) {
   table_.cancel(keep, &stats_);
 }
 
+void Store::landed(const int32_t* experts, int64_t count, bool* there) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  advance();
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t index =
+        experts[i] < 0 || experts[i] >= records_ ? -1 : table_.find(experts[i]);
+    there[i] = index >= 0 && table_[index].stage == Stage::kLanded && table_[index].error == kNone;
+  }
+}
+
 void Store::host_begin() {
   std::lock_guard<std::mutex> lock(mutex_);
   host_since_ = clock_ns();

@@ -109,7 +109,7 @@ class LandingTable {
   int64_t next_order_ = 0;
 };
 
-// Thread-safe. `request` and `cancel` never wait for the link.
+// Thread-safe. `request`, `cancel` and `landed` never wait for the link.
 class Store {
  public:
   Store(int64_t record_bytes, int32_t records, int32_t buffers, double host_us = 0);
@@ -117,6 +117,8 @@ class Store {
 
   void request(const int32_t* experts, int32_t count, Kind kind);
   void cancel(const bool* keep);
+  // Which records wait in landing buffers, so that a commit would not wait for them.
+  void landed(const int32_t* experts, int64_t count, bool* there);
   // Fills every slot with its record, read now if need be; with zeros where that fails.
   virtual CommitResult commit(const std::vector<Placement>& placements, const Copier& copy) = 0;
 

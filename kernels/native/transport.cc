@@ -213,6 +213,13 @@ ffi::Error cancel(Int handle, Bools keep, ffi::AnyBuffer, Result<Ints> token) {
   return ffi::Error::Success();
 }
 
+ffi::Error landed(Int handle, Ints experts, ffi::AnyBuffer, Result<Bools> there) {
+  const auto store = find_store(handle.typed_data()[0]);
+  std::fill_n(there->typed_data(), there->element_count(), false);
+  if (store) store->landed(experts.typed_data(), experts.element_count(), there->typed_data());
+  return ffi::Error::Success();
+}
+
 // Never an FFI error for what a store does: the donated state must survive it.
 ffi::Error commit(ffi::ThreadPool threads, Int handle, Bytes pool, Ints slots, Ints experts,
                   Int count, ffi::AnyBuffer, Result<Bytes> new_pool, Result<Ints> status) {
@@ -298,6 +305,9 @@ MOEJAX_HANDLER(moejax_request, moejax::request,
 
 MOEJAX_HANDLER(moejax_cancel, moejax::cancel,
                ffi::Ffi::Bind().Arg<Int>().Arg<Bools>().Arg<ffi::AnyBuffer>().Ret<Ints>());
+
+MOEJAX_HANDLER(moejax_landed, moejax::landed,
+               ffi::Ffi::Bind().Arg<Int>().Arg<Ints>().Arg<ffi::AnyBuffer>().Ret<Bools>());
 
 MOEJAX_HANDLER(moejax_commit, moejax::commit,
                ffi::Ffi::Bind()

@@ -10,7 +10,7 @@ from moejax import kernels
 from moejax.config import ModelConfig
 from moejax.kernels import Weight, cpu, rms_norm
 from moejax.layout import BITS
-from moejax.models.rope import rotate
+from moejax.models.rope import cos_sin, rotate
 from moejax.state import KVCache, pytree
 
 KV_BLOCK = 128  # positions attended at a time; the KV capacity is a multiple of it
@@ -30,6 +30,24 @@ class Span:
     cos: jax.Array  # [B, T, rotary / 2] f32
     sin: jax.Array  # [B, T, rotary / 2] f32
     window: jax.Array  # [A] i32, attended positions per layer, 0 = all
+
+
+def span_of(config: ModelConfig, length: jax.Array, tokens: jax.Array, prefill: bool) -> Span:
+    """Where tokens [B, T] (-1 = padding) stand that follow `length` [B] others."""
+    valid = tokens >= 0
+    positions = length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    length = length + valid.sum(axis=1, dtype=jnp.int32)
+    # Tokens that are to come out as if decoded one by one have a length of their own.
+    lengths = length[:, None] if prefill else positions + 1
+    cos, sin = cos_sin(config.rope, jnp.where(valid, positions, 0), lengths)
+    return Span(
+        positions=positions,
+        valid=valid,
+        length=length,
+        cos=cos,
+        sin=sin,
+        window=jnp.asarray(config.windows or (0,) * config.num_layers, jnp.int32),
+    )
 
 
 # f32 throughout: GPUs would otherwise round the inputs to TF32.

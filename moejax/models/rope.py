@@ -10,7 +10,7 @@ from moejax.config import Rope
 
 
 def inverse_frequencies(rope: Rope, length: jax.Array) -> jax.Array:
-    """Inverse frequencies f32, [dim / 2] or per sequence [B, 1, dim / 2].
+    """Inverse frequencies f32, [dim / 2] or per token [B, T or 1, dim / 2].
 
     Two kinds depend on how many positions a sequence has. As in transformers, the tokens of a step
     are rotated by the frequencies of the length after that step, and keys that are already cached
@@ -18,7 +18,8 @@ def inverse_frequencies(rope: Rope, length: jax.Array) -> jax.Array:
     each sequence of a batch counts its own positions, and what ran earlier has no influence.
 
     Args:
-        length: [B] i32, positions per sequence after this step.
+        length: [B, T or 1] i32, positions of the sequence after this step or, where tokens are to
+            come out as if decoded one by one, after each of them.
     """
     options = dict(rope.options)
     powers = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
@@ -27,13 +28,13 @@ def inverse_frequencies(rope: Rope, length: jax.Array) -> jax.Array:
         seen = jnp.maximum(length, rope.original_max_positions).astype(jnp.float32)
         stretch = rope.factor * seen / rope.original_max_positions - (rope.factor - 1.0)
         theta = rope.theta * stretch ** (rope.dim / (rope.dim - 2))
-        return 1.0 / theta[:, None, None] ** powers
+        return 1.0 / theta[..., None] ** powers
     if rope.kind == "longrope":
         short, long = (
             plain / np.asarray(options[name], np.float32)
             for name in ("short_factor", "long_factor")
         )
-        return jnp.where(length[:, None, None] > rope.original_max_positions, long, short)
+        return jnp.where(length[..., None] > rope.original_max_positions, long, short)
     if rope.kind == "linear":
         plain = plain / rope.factor
     elif rope.kind == "yarn":

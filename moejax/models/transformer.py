@@ -8,15 +8,22 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moejax import experts as expert_layer
-from moejax import kernels
+from moejax import kernels, window
 from moejax.config import ModelConfig
 from moejax.kernels import Weight, linear, rms_norm, swiglu
 from moejax.layout import DTYPES, QUANTISED
 from moejax.models.latent import latent_attention
-from moejax.models.layers import Span, Weights, at, from_bits, grouped_query_attention
-from moejax.models.rope import cos_sin
+from moejax.models.layers import (
+    Span,
+    Weights,
+    at,
+    from_bits,
+    grouped_query_attention,
+    span_of,
+)
 from moejax.models.shapes import Held, held_parameters
 from moejax.policy import Policy
 from moejax.prediction import Ahead
@@ -30,6 +37,7 @@ from moejax.state import (
     StepTrace,
     array_fields,
 )
+from moejax.supply import Supply
 
 _normal = nn.initializers.normal(0.02)
 
@@ -84,6 +92,8 @@ class Decoder(nn.Module):
         all_logits: bool = False,
         scores: bool = False,
         prefill: bool | None = None,
+        hidden: str | None = None,
+        chance: jax.Array | None = None,
     ) -> tuple[DecodeState, StepOutput]:
         """Process tokens [B, T] (-1 = padding, at the end of a row) after what the state holds.
 
@@ -91,10 +101,43 @@ class Decoder(nn.Module):
             all_logits: logits of every position [B, T, V] instead of each sequence's last [B, V].
             scores: keep the full router scores in the trace.
             prefill: whether the tokens are a prompt's, as routers see it; by default if T > 1.
+            hidden: give what follows each layer's attention, too: the residual stream ("raw"), or
+                its norm, which the layer's experts or FFN work on ("normed").
+            chance: [B] f32, makes this a step of the policy's self-draft: how likely each
+                sequence's drafted tokens so far will all be accepted.
         """
         prefill = tokens.shape[1] > 1 if prefill is None else prefill
+        if chance is not None:
+            chance = jnp.broadcast_to(chance[:, None], tokens.shape).reshape(-1)
+        how = _How(scores, prefill, hidden, chance)
         with kernels.using(self.kernels):
-            return self._run(policy, store, state, tokens, all_logits, _How(scores, prefill))
+            return self._run(policy, store, state, tokens, all_logits, how)
+
+    @nn.compact
+    def foresee(
+        self,
+        policy: Policy,
+        store: ExpertStore,
+        state: DecodeState,
+        hidden: jax.Array,
+        valid: jax.Array,
+        chance: jax.Array,
+    ) -> tuple[DecodeState, jax.Array]:
+        """Bring in what the policy's foresight wants, given the hidden states of a draft model.
+
+        Args:
+            hidden: [A, N, D] f32, for the gate of each layer, normed already if the foresight says
+                that the draft's norm counts.
+            valid: [N] bool.
+            chance: [N] f32, see `foresight.Glimpse`.
+
+        Returns:
+            The state, and how many records were given slots, [] i32.
+        """
+        with kernels.using(self.kernels):
+            return _foreseen(
+                self.config, self._weights(), policy, store, state, hidden, valid, chance
+            )
 
     def _run(
         self,
@@ -106,20 +149,21 @@ class Decoder(nn.Module):
         how: "_How",
     ) -> tuple[DecodeState, StepOutput]:
         config, weights = self.config, self._weights()
-        span = _span(config, state.length, tokens)
+        span = span_of(config, state.length, tokens, how.prefill)
         x = from_bits(weights["embed"]["weight"].data[jnp.maximum(tokens, 0)], self.dtype)
         carry = (x, state.kv, state.experts, state.policy)
-        traces = []
-        for moe, first, index, count in _segments(config):
+        traces, hidden = [], []
+        left_out = policy.speculation.draft.skip if how.drafts else ()
+        for moe, layers in _segments(config, left_out):
 
-            def body(carry: tuple, i: jax.Array, moe=moe, first=first, index=index) -> tuple:
-                return _layer(
-                    config, weights, policy, store, span, carry, first + i, index + i, moe, how
-                )
+            def body(carry: tuple, layer: tuple, moe=moe) -> tuple:
+                return _layer(config, weights, policy, store, span, carry, *layer, moe, how)
 
-            carry, trace = jax.lax.scan(body, carry, jnp.arange(count))
+            carry, (trace, after) = jax.lax.scan(body, carry, layers)
             traces += [trace] if moe else []
+            hidden += [after] if how.hidden else []
         x, kv, cache, memory = carry
+        hidden = jnp.concatenate(hidden) if hidden else None
         trace = jax.tree.map(lambda *parts: jnp.concatenate(parts), *traces) if traces else None
         logits = _logits(config, weights, x, span, all_logits)
         # Positions beyond the KV cache were not written: better no numbers than wrong ones.
@@ -130,7 +174,7 @@ class Decoder(nn.Module):
             wrong, length = wrong | failed, jnp.where(failed, state.length, length)
         logits = jnp.where(wrong.reshape(-1, *[1] * (logits.ndim - 1)), jnp.nan, logits)
         state = DecodeState(kv=kv, experts=cache, policy=memory, length=length)
-        return state, StepOutput(logits=logits, trace=trace)
+        return state, StepOutput(logits=logits, trace=trace, hidden=hidden)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,31 +183,28 @@ class _How:
 
     scores: bool  # to be kept in the trace
     prefill: bool
+    hidden: str | None
+    chance: jax.Array | None  # [N] f32, of drafts
+
+    @property
+    def drafts(self) -> bool:
+        """Whether it is a step of the self-draft."""
+        return self.chance is not None
 
 
-def _span(config: ModelConfig, length: jax.Array, tokens: jax.Array) -> Span:
-    valid = tokens >= 0
-    positions = length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    length = length + valid.sum(axis=1, dtype=jnp.int32)
-    cos, sin = cos_sin(config.rope, jnp.where(valid, positions, 0), length)
-    return Span(
-        positions=positions,
-        valid=valid,
-        length=length,
-        cos=cos,
-        sin=sin,
-        window=jnp.asarray(config.windows or (0,) * config.num_layers, jnp.int32),
-    )
-
-
-def _segments(config: ModelConfig) -> list[tuple[bool, int, int, int]]:
-    """Runs of like layers: (has experts, first layer, first index in its stack, layers)."""
+def _segments(
+    config: ModelConfig, left_out: tuple[int, ...] = ()
+) -> list[tuple[bool, tuple[jax.Array, jax.Array]]]:
+    """Runs of like layers: (have experts, (numbers of the layers, their indices in the stack))."""
     segments, seen = [], {True: 0, False: 0}
     moe_layers = set(config.moe_layers)
     for moe, run in itertools.groupby(range(config.num_layers), key=lambda i: i in moe_layers):
-        layers = list(run)
-        segments.append((moe, layers[0], seen[moe], len(layers)))
+        layers = np.array([*run], np.int32)
+        index = seen[moe] + np.arange(len(layers), dtype=np.int32)
+        kept = ~np.isin(layers, left_out)
         seen[moe] += len(layers)
+        if kept.any():
+            segments.append((moe, (jnp.asarray(layers[kept]), jnp.asarray(index[kept]))))
     return segments
 
 
@@ -178,23 +219,29 @@ def _layer(
     index: jax.Array,
     moe: bool,
     how: _How,
-) -> tuple[tuple, StepTrace | None]:
+) -> tuple[tuple, tuple[StepTrace | None, jax.Array | None]]:
     """One layer; `index` counts within the layers of its kind."""
     x, kv, cache, memory = carry
     x, kv = _attention(config, weights, span, x, kv, layer)
     normed = rms_norm(x, weights["norms"]["post"].at(layer), config.norm_eps)
+    after = None
+    if how.hidden:
+        after = (normed if how.hidden == "normed" else x).reshape(-1, config.width)
     if not moe:
         w = at(weights["mlp"], index)
-        return (x + swiglu(normed, w["gate_up"], w["down"]), kv, cache, memory), None
-    ahead = _ahead(config, weights, span)
+        return (x + swiglu(normed, w["gate_up"], w["down"]), kv, cache, memory), (None, after)
     experts, memory = _routed(config, weights, policy, cache, memory, index, x, normed, span, how)
-    out, cache, memory, kv, counts = expert_layer.apply(
-        policy, store, cache, memory, experts, ahead, kv
-    )
+    if how.drafts:
+        out, cache, memory, counts = expert_layer.draft(policy, store, cache, memory, experts)
+    else:
+        ahead = _ahead(config, weights, span)
+        out, cache, memory, kv, counts = expert_layer.apply(
+            policy, store, cache, memory, experts, ahead, kv
+        )
     if experts.shared is not None:
         out = out + experts.shared
     trace = _trace(experts, counts, how)
-    return (x + out.reshape(x.shape), kv, cache, memory), trace
+    return (x + out.reshape(x.shape), kv, cache, memory), (trace, after)
 
 
 def _attention(
@@ -251,16 +298,24 @@ def _routed(
     """Router and shared expert of a layer: what its experts work on."""
     x, valid = normed.reshape(-1, config.width), span.valid.reshape(-1)
     scores = _router(weights, x, index)
+    router = policy.speculation.draft.router if how.drafts else policy.router
+    if how.drafts:
+        resident = window.draftable(policy, cache, memory, index, config.num_experts)
+    else:
+        resident = expert_layer.resident(policy, cache, index, config.num_experts)
     seen = Scored(
         layer=index,
         scores=scores,
-        resident=expert_layer.resident(policy, cache, index, config.num_experts),
+        resident=resident,
         valid=valid,
         rule=config.router,
         top_k=config.top_k,
         prefill=how.prefill,
     )
-    routing, remembered = policy.router.route(memory.router, seen)
+    if how.drafts:  # its router remembers nothing
+        routing, remembered = router.route(None, seen)[0], memory.router
+    else:
+        routing, remembered = router.route(memory.router, seen)
     shared = None
     if config.shared_width:
         w = at(weights["shared"], index)
@@ -275,9 +330,41 @@ def _routed(
         scores=scores,
         routing=routing,
         valid=valid,
+        chance=how.chance,
         prefill=how.prefill,
     )
     return layer, dataclasses.replace(memory, router=remembered)
+
+
+def _foreseen(
+    config: ModelConfig,
+    weights: dict[str, Weights],
+    policy: Policy,
+    store: ExpertStore,
+    state: DecodeState,
+    hidden: jax.Array,
+    valid: jax.Array,
+    chance: jax.Array,
+) -> tuple[DecodeState, jax.Array]:
+    virtual = state.experts.pool.shape[0] == 0
+    own_norm = policy.foresight.norm == "target"
+
+    def one(carry: tuple, at: tuple) -> tuple:
+        (cache, memory), (layer, index) = carry, at
+        x = hidden[layer]
+        if own_norm:
+            x = rms_norm(x, weights["norms"]["post"].at(layer), config.norm_eps)
+        scores = eligible_scores(config.router, _router(weights, x, index))
+        supply = Supply(policy, store, index, config.num_experts, virtual)
+        shelf = supply.open(cache)
+        seen = window.glimpse(supply, shelf, memory, scores, valid, config.top_k, chance=chance)
+        shelf, memory, count = window.bring(supply, shelf, memory, seen, x)
+        return (supply.close(cache, shelf), memory), count
+
+    layers = np.asarray(config.moe_layers, np.int32)
+    places = (jnp.asarray(layers), jnp.arange(len(layers), dtype=jnp.int32))
+    (cache, memory), counts = jax.lax.scan(one, (state.experts, state.policy), places)
+    return dataclasses.replace(state, experts=cache, policy=memory), counts.sum()
 
 
 def _trace(layer: expert_layer.Layer, counts: Any, how: _How) -> StepTrace:

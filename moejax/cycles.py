@@ -1,0 +1,206 @@
+"""The loop over speculative cycles: how wide, how long, and what becomes of the tokens."""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.decode import chunks, decode_step
+from moejax.errors import InputError, LinkError, PolicyError
+from moejax.lengths import LiveCycles
+from moejax.models.transformer import Decoder
+from moejax.policy import Policy
+from moejax.speculate import DraftModel, Made, Speculating, Target, cycle
+from moejax.state import DecodeState, ExpertStore, StepTrace
+from moejax.stats import Stats
+
+PLAIN_LEARNED = 16  # plain steps from one renewal of the costs to the next: it takes 0.1 ms
+
+
+@dataclasses.dataclass(frozen=True)
+class Helper:
+    """A draft model with what it runs with, and how its states begin."""
+
+    model: Decoder
+    policy: Policy | None
+    params: dict
+    store: ExpertStore | None
+    init_state: Any  # (batch, context) -> DecodeState
+
+    @property
+    def fixed(self) -> DraftModel:
+        """What a cycle takes."""
+        return DraftModel(
+            model=self.model, policy=self.policy, params=self.params, store=self.store
+        )
+
+    def check(self, target: Decoder, policy: Policy) -> None:
+        """Raise PolicyError unless it can draft for the target under the policy."""
+        own, other = self.model.config, target.config
+        if own.vocab_size != other.vocab_size:
+            raise PolicyError(
+                f"the draft model has {own.vocab_size} tokens and the model {other.vocab_size}: "
+                "they must share one vocabulary"
+            )
+        same = (own.num_layers, own.width) == (other.num_layers, other.width)
+        if policy.foresight.drafts and not same:
+            raise PolicyError(
+                f"the draft model has {own.num_layers} layers of width {own.width} and the model "
+                f"{other.num_layers} of {other.width}: to predict its experts they must be alike"
+            )
+
+
+def widths(max_length: int) -> list[int]:
+    """Tokens verified at once, for which programs are made: drafts of 0, 1, 2, 4, ... tokens."""
+    found, drafts = [1], 1
+    while drafts < max_length:
+        found.append(drafts + 1)
+        drafts *= 2
+    return [*found, max_length + 1]
+
+
+def width_for(gamma: int, max_length: int) -> int:
+    """The least of the `widths` that has room for gamma drafts and the pending token."""
+    return next(width for width in widths(max_length) if width > gamma)
+
+
+class Cycles:
+    """One speculative run: what changes from cycle to cycle."""
+
+    def __init__(
+        self,
+        target: Target,
+        helper: Helper | None,
+        stats: Stats,
+        sampling: Any,
+        key: jax.Array,
+        top: int = 0,
+        record: bool = False,
+    ):
+        """What a run needs; with `record`, `trace` is that of the latest verification."""
+        speculation = target.policy.speculation
+        if speculation.draft.kind == "model":
+            if helper is None:
+                raise PolicyError("this policy drafts with another model: give one as `draft`")
+            helper.check(target.model, target.policy)
+        self.target, self.stats, self.key = target, stats, key
+        self.sampling = jax.device_put(sampling)
+        self.helper = helper if speculation.draft.kind == "model" else None
+        self.options = {"top": top, "record": record}
+        self.greedy = bool(np.all(np.asarray(sampling.temperature) == 0))
+        self.live = LiveCycles() if hasattr(speculation.lengths, "with_costs") else None
+        self.run: Speculating | None = None
+        self.trace: StepTrace | None = None
+        self.gamma = 0
+        self._timed: set[int] = set()  # widths whose program has run, and so is compiled
+
+    def begin(
+        self, state: DecodeState, texts: Sequence[np.ndarray], seen: jax.Array | None
+    ) -> None:
+        """Take over after the prompts: the texts hold what is in the KV caches, and one token more.
+
+        Raises:
+            InputError: a draft model was not given what the KV cache holds.
+        """
+        room = jax.tree.leaves(state.kv)[0].shape[2] + 1
+        text = np.full((len(texts), room), -1, np.int32)
+        for row, tokens in zip(text, texts, strict=True):
+            row[: len(tokens)] = tokens
+        draft = None
+        if self.helper is not None:
+            if (text[:, 0] < 0).any():
+                raise InputError("a draft model needs the whole text: give `history`, too")
+            draft = self.helper.init_state(len(texts), room - 1)
+            # Never an empty one: there is at least one token to feed later.
+            draft = self._fed(draft, [tokens[:-1] for tokens in texts])
+        policy = self.target.policy.speculation
+        self.gamma = int(policy.length(state.policy.speculation))
+        self.run = Speculating(
+            state=state,
+            draft=draft,
+            text=jax.device_put(text, state.length.sharding),
+            seen=seen,
+        )
+
+    def _fed(self, draft: DecodeState, rows: Sequence[np.ndarray]) -> DecodeState:
+        helper = self.helper
+        for tokens in chunks([np.asarray(row, np.int32) for row in rows]):
+            fixed = (helper.model, helper.policy, helper.params, helper.store)
+            draft, _ = decode_step(*fixed, draft, tokens, prefill=True)
+        return draft
+
+    def _caught_up(self) -> None:
+        """Feed the draft model what plain steps made since it last drafted."""
+        lengths = np.asarray(self.run.state.length)
+        held = np.asarray(self.run.draft.length)
+        if (lengths - held <= 1).all():
+            return
+        text = np.asarray(self.run.text)
+        rows = [text[b, held[b] : lengths[b]] for b in range(len(lengths))]
+        self.run = dataclasses.replace(self.run, draft=self._fed(self.run.draft, rows))
+
+    def step(self, active: np.ndarray, room: np.ndarray) -> Made:
+        """One cycle; `room` [B] is how many tokens each sequence may still make. On the host.
+
+        Raises:
+            LinkError: expert records did not arrive; no token was made.
+        """
+        policy = self.target.policy.speculation
+        gamma = min(self.gamma, int(np.max(np.where(active, room, 1))) - 1)
+        width = width_for(gamma, policy.max_length)
+        begun = time.perf_counter()
+        if gamma and self.helper is not None:
+            self._caught_up()
+        self.run, packed, self.trace = cycle(
+            self.target,
+            self.helper and self.helper.fixed,
+            self.run,
+            jnp.int32(gamma),
+            jnp.asarray(room - 1, jnp.int32),
+            jnp.asarray(active),
+            self.sampling,
+            self.key,
+            width=width,
+            greedy=self.greedy,
+            **self.options,
+        )
+        made = packed.unpacked()
+        seconds = time.perf_counter() - begun
+        if made.totals.failure:
+            raise LinkError(f"status {int(made.totals.failure)}")
+        self._learn(gamma, width, seconds, made, active)
+        return made
+
+    def _learn(
+        self, gamma: int, width: int, seconds: float, made: Made, active: np.ndarray
+    ) -> None:
+        self.gamma = int(made.next_length)
+        first = width not in self._timed
+        self._timed.add(width)
+        self.stats.add_cycle(made, active, gamma)
+        if self.live is None or first:
+            return
+        missed = int(made.totals.needed) - int(made.totals.hits)
+        self.live.add(gamma, seconds, gamma, gamma + 1, missed)
+        if gamma == 0 and self.stats.steps % PLAIN_LEARNED:
+            return
+        speculation = self.target.policy.speculation
+        lengths = speculation.lengths.with_costs(self.live.costs())
+        speculation = dataclasses.replace(speculation, lengths=lengths)
+        policy = dataclasses.replace(self.target.policy, speculation=speculation)
+        self.target = dataclasses.replace(self.target, policy=policy)
+
+
+def tokens_of(
+    made: Made, finished: np.ndarray, room: np.ndarray, stop_ids: frozenset[int]
+) -> Iterator[tuple[int, int]]:
+    """(sequence, place in `made`) of the tokens that count, up to a stop token of each sequence."""
+    for b in np.flatnonzero(~finished):
+        for i in range(min(int(made.count[b]), int(room[b]))):
+            yield int(b), i
+            if int(made.token[b, i]) in stop_ids:
+                break

@@ -1,0 +1,150 @@
+"""Foresight: what to bring in for a layer's next run, a whole step or window ahead.
+
+A predictor looks some layers ahead within a step; a foresight looks from one step to the next. It
+is asked in every layer of a draft, where drafted tokens pass before they are verified, or in every
+layer of a step that has just run. What it wants is given slots: empty ones, else those that the
+evictor gives up first, but never those of predicted experts or of the next draft. Over a link its
+records move while the link has nothing more urgent to do.
+"""
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from moejax.prediction import MANY, best
+from moejax.state import pytree, static
+
+
+@pytree
+class Glimpse:
+    """What a foresight sees of one layer; N tokens, drafted or of the step that has run."""
+
+    layer: jax.Array  # [] i32
+    scores: jax.Array  # [N, E] f32, the layer's gate on these tokens
+    chance: jax.Array  # [N] f32, how likely a token's predecessors will all be accepted; else 1
+    missed: jax.Array  # [E] bool, needed by the step and not resident; of a draft, none
+    resident: jax.Array  # [E] bool
+    keys: jax.Array  # [E], of the evictor: who leaves last
+    levels: jax.Array | None  # [E] i32, utility levels, of evictors that have them
+    valid: jax.Array  # [N] bool
+    top_k: int = static()
+
+
+class Foresight(Protocol):
+    """Says what to prefetch for the layer's next run."""
+
+    drafts: bool  # static: asked in every layer of a draft
+    after: bool  # static: asked in every layer of a step that has run
+    gains: bool  # static: only experts whose key is above that of who would leave
+
+    def init(self) -> Any:
+        """Memory of a fresh foresight."""
+        ...
+
+    def wanted(self, memory: Any, glimpse: Glimpse) -> tuple[jax.Array, Any]:
+        """[E] f32 priority of the layer's experts, 0 or less = not wanted; also the new memory."""
+        ...
+
+    def spent(self, memory: Any, count: jax.Array) -> Any:
+        """Memory after `count` [] i32 records were given slots."""
+        ...
+
+
+class _Stateless:
+    """A foresight without memory."""
+
+    drafts = False
+    after = False
+    gains = False
+
+    def init(self) -> None:
+        """Nothing to remember."""
+
+    def spent(self, memory: None, count: jax.Array) -> None:
+        """Nothing to remember."""
+        del memory, count
+
+
+@pytree
+class NoForesight(_Stateless):
+    """Brings nothing in."""
+
+    def wanted(self, memory: None, glimpse: Glimpse) -> tuple[jax.Array, None]:
+        """No expert."""
+        return jnp.zeros(glimpse.missed.shape, jnp.float32), memory
+
+
+@pytree
+class DraftRouting(_Stateless):
+    """The best-scoring experts of the layer's gate on every drafted token.
+
+    SP-MoE (arXiv 2510.10302) puts the attention output of a draft model through the target's gate;
+    a self-draft passes that gate itself. `limit` experts per token are critical; a priority is the
+    greatest score times the chance that the token is still wanted when its turn comes.
+    """
+
+    drafts = True
+
+    limit: jax.Array | int = MANY  # experts per layer and token, at most the model's top-k
+    # which norm the hidden state of a draft model gets before the gate: "target" or "draft"
+    norm: str = static(default="target")
+
+    def wanted(self, memory: None, glimpse: Glimpse) -> tuple[jax.Array, None]:
+        """Chance times score, of critical experts."""
+        chosen, expert = jax.lax.top_k(glimpse.scores, glimpse.top_k)
+        critical = (jnp.arange(glimpse.top_k) < self.limit) & glimpse.valid[:, None]
+        value = jnp.where(critical, chosen * glimpse.chance[:, None], 0.0)
+        none = jnp.zeros(glimpse.missed.shape, jnp.float32)
+        return none.at[expert].max(value), memory
+
+
+@pytree
+class Promote(_Stateless):
+    """Experts that the step had to do without, if they are worth more than who would leave.
+
+    Worth is the evictor's key. The link so works on what the host computed meanwhile (FreeToken,
+    arXiv 2608.16157: background promotion). `rate` is how many records the link moves while one
+    layer runs: what is saved up, at most `most`, may be spent in any layer.
+    """
+
+    after = True
+    gains = True
+
+    rate: jax.Array | float = 1.0
+    most: jax.Array | float = 8.0
+
+    def init(self) -> jax.Array:
+        """[] f32, records that the link has had time for."""
+        return jnp.float32(0)
+
+    def wanted(self, memory: jax.Array, glimpse: Glimpse) -> tuple[jax.Array, jax.Array]:
+        """One plus the place in the order of keys, of missed experts, as many as there is time."""
+        saved = jnp.minimum(memory + self.rate * glimpse.valid.any(), self.most)
+        mine, other = glimpse.keys[:, None], glimpse.keys[None, :]
+        order = (other < mine).sum(axis=1)
+        priority = jnp.where(glimpse.missed, 1.0 + order, 0.0)
+        return best(priority, jnp.floor(saved).astype(jnp.int32)), saved
+
+    def spent(self, memory: jax.Array, count: jax.Array) -> jax.Array:
+        """That much time less."""
+        return memory - count
+
+
+@pytree
+class UtilityQueue(_Stateless):
+    """Experts of a utility level of at least `threshold`, the highest level first.
+
+    MoE-SpAc (arXiv 2603.09983): what a window says of the next one. Asked when a layer's window has
+    run, so that records move while other layers run and tokens are drafted. The evictor has to
+    have levels (`utility.Utility`).
+    """
+
+    after = True
+
+    threshold: jax.Array | int = 1
+
+    def wanted(self, memory: None, glimpse: Glimpse) -> tuple[jax.Array, None]:
+        """The level, where it reaches the threshold."""
+        level = glimpse.levels
+        return jnp.where(level >= self.threshold, level, 0).astype(jnp.float32), memory

@@ -1,0 +1,143 @@
+"""What a step does for the next one: drafts from residents, and experts brought in ahead."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moejax import forecast
+from moejax import residency as tables
+from moejax.foresight import Glimpse
+from moejax.policy import Policy
+from moejax.prediction import in_order, ranks
+from moejax.state import ExpertCache, PolicyMemory
+from moejax.supply import Shelf, Supply, layer_slots
+
+
+def draft_set(policy: Policy, memory: PolicyMemory) -> jax.Array | None:
+    """[L * E] bool experts that evictors keep for drafts, None = all that are resident."""
+    chosen = getattr(policy.evictor, "draft_set", None)
+    return chosen(memory.evictor) if chosen else None
+
+
+def draftable(
+    policy: Policy, cache: ExpertCache, memory: PolicyMemory, layer: jax.Array, experts: int
+) -> jax.Array:
+    """[E] residents that a draft may use: not those whose record may still be on its way."""
+    start = (layer * experts,)
+    there = layer_slots(policy, cache.residency, layer, experts) >= 0
+    if memory.forecast is not None:
+        there &= ~jax.lax.dynamic_slice(memory.forecast.fresh, start, (experts,))
+    kept = draft_set(policy, memory)
+    return there if kept is None else there & jax.lax.dynamic_slice(kept, start, (experts,))
+
+
+def glimpse(
+    supply: Supply,
+    shelf: Shelf,
+    memory: PolicyMemory,
+    scores: jax.Array,
+    valid: jax.Array,
+    top_k: int,
+    *,
+    chance: jax.Array | None = None,
+    missed: jax.Array | None = None,
+) -> Glimpse:
+    """What the foresight sees of the supply's layer: scores [N, E], valid [N]."""
+    policy, evictor = supply.policy, supply.policy.evictor
+    levels = None
+    if hasattr(evictor, "levels"):
+        start = (supply.layer * supply.experts,)
+        levels = jax.lax.dynamic_slice(evictor.levels(memory.evictor), start, (supply.experts,))
+    start = (supply.layer * supply.experts,)
+    keys = policy.evictor.keys(memory.evictor, supply.layer)
+    return Glimpse(
+        layer=supply.layer,
+        scores=scores,
+        chance=jnp.ones(scores.shape[0], jnp.float32) if chance is None else chance,
+        missed=jnp.zeros(supply.experts, bool) if missed is None else missed,
+        resident=supply.slots(shelf.residency) >= 0,
+        keys=jax.lax.dynamic_slice(keys, start, (supply.experts,)),
+        levels=levels,
+        valid=valid,
+        top_k=top_k,
+    )
+
+
+def bring(
+    supply: Supply, shelf: Shelf, memory: PolicyMemory, seen: Glimpse, after: jax.Array
+) -> tuple[Shelf, PolicyMemory, jax.Array]:
+    """Give slots to what the foresight wants for the layer's next run; how many, too.
+
+    Not those of experts that are predicted, or kept for drafts. `after` is any array that must
+    exist before records are asked for.
+    """
+    policy, foresight = supply.policy, supply.policy.foresight
+    if hasattr(policy.evictor, "drain") and hasattr(foresight, "threshold"):
+        # what is in the queue has its place again, whether it is there or comes now
+        drained = policy.evictor.drain(memory.evictor, foresight.threshold)
+        memory = dataclasses.replace(memory, evictor=drained)
+    priority, remembered = foresight.wanted(memory.foresight, seen)
+    memory = dataclasses.replace(memory, foresight=remembered)
+    wanted = (priority > 0) & policy.cutoff.allows(supply.layer)
+
+    def once(carry: tuple) -> tuple:
+        _, shelf, memory, _ = carry
+        return jnp.bool_(False), *_brought(supply, shelf, memory, seen, wanted, priority, after)
+
+    # Most often there is nothing to do. A loop, not `cond`, which would copy the pool.
+    start = (wanted.any(), shelf, memory, jnp.int32(0))
+    _, shelf, memory, count = jax.lax.while_loop(lambda carry: carry[0], once, start)
+    return shelf, memory, count
+
+
+def _brought(
+    supply: Supply,
+    shelf: Shelf,
+    memory: PolicyMemory,
+    seen: Glimpse,
+    wanted: jax.Array,
+    priority: jax.Array,
+    after: jax.Array,
+) -> tuple[Shelf, PolicyMemory, jax.Array]:
+    policy, foresight = supply.policy, supply.policy.foresight
+    shield, kept = memory.forecast.wanted, draft_set(policy, memory)
+    if kept is not None:
+        shield = shield | kept
+    keys = policy.evictor.keys(memory.evictor, supply.layer)
+    if foresight.gains:
+        wanted &= seen.resident | (seen.keys > _least(supply, shelf, keys, shield))
+    rank = ranks(jnp.where(wanted, priority, 0.0))
+    order = in_order(rank)
+    wanted = supply.within_room(shelf, wanted, rank, shield)
+    shelf, copies = supply.find(shelf, forecast.greatest(keys, shield), wanted, order)
+    shelf = supply.deliver(shelf, copies, wanted, order, after)
+    brought = wanted & ~seen.resident & (supply.slots(shelf.residency) >= 0)
+    memory = forecast.promise(
+        memory,
+        supply.layer,
+        wanted,
+        rank,
+        brought,
+        supply.capacity(shelf.residency),
+        shelf.residency.home[0] >= 0,
+    )
+    spent = foresight.spent(memory.foresight, copies.count)
+    return shelf, dataclasses.replace(memory, foresight=spent), copies.count
+
+
+def _least(supply: Supply, shelf: Shelf, keys: jax.Array, shield: jax.Array) -> Any:
+    """The key of who would leave first; less than any if a slot is empty."""
+    residency = shelf.residency
+    capacity = tables.usable(residency, supply.experts, supply.policy.capacity)
+    none = jnp.zeros(supply.experts, bool)
+    free = tables.evictable(residency, supply.layer, none, capacity)
+    owner = residency.owner
+    empty = (free & (owner < 0)).any()
+    owner = jnp.maximum(owner, 0)
+    keys = forecast.greatest(keys, shield)[owner]
+    floating = jnp.issubdtype(keys.dtype, jnp.floating)
+    most = jnp.inf if floating else jnp.iinfo(keys.dtype).max
+    fewest = -jnp.inf if floating else jnp.iinfo(keys.dtype).min
+    return jnp.where(empty, fewest, jnp.where(free, keys, most).min())
