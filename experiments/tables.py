@@ -144,6 +144,29 @@ def smoe_alpha(report: dict) -> list[str]:
     return [*lines, "", _source(report)]
 
 
+def speculation_frontier(report: dict) -> list[str]:
+    """Times of exact systems by residency, and what their cycles make at 50 %."""
+    rows = [row for row in report["rows"] if row["gamma"] == ""]
+    shares = sorted({row["residency"] for row in rows if row["name"] == "lru"})
+    lines = [
+        "| TPOT, ms, exact | " + " | ".join(f"{share:.1%}" for share in shares) + " | tokens per "
+        "cycle at 50 % | missed KB per token | moved KB per token | experts on the host |",
+        "|---|" + "---:|" * (len(shares) + 4),
+    ]
+    record = report["record_bytes"] / 1e3
+    for name in dict.fromkeys(row["name"] for row in rows):
+        own = {row["residency"]: row for row in rows if row["name"] == name}
+        times = [f"{own[s]['tpot_ms']:.2f}" if s in own else "" for s in shares]
+        at = own.get(0.5) or own.get(1.0)
+        if 1.0 in own:
+            times = [f"{at['tpot_ms']:.2f}"] * len(shares)
+        lines.append(
+            f"| {name} | {' | '.join(times)} | {at['tokens_per_cycle']:.2f} "
+            f"| {at['missed'] * record:.0f} | {at['moved_bytes'] / 1e3:.0f} | {at['host']:.1f} |"
+        )
+    return [*lines, "", _source(report)]
+
+
 def _source(report: dict) -> str:
     """Hardware, versions and command of a result."""
     environment = report["environment"]
@@ -161,6 +184,7 @@ TABLES = {
     "peers_cpu_limited": peers_cpu_limited,
     "smoe_ablation": smoe_ablation,
     "smoe_alpha": smoe_alpha,
+    "speculation_frontier": speculation_frontier,
 }
 
 

@@ -7,10 +7,12 @@ evictor gives up first, but never those of predicted experts or of the next draf
 records move while the link has nothing more urgent to do.
 """
 
+import dataclasses
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moejax.prediction import MANY, best
 from moejax.state import pytree, static
@@ -38,7 +40,7 @@ class Foresight(Protocol):
     after: bool  # static: asked in every layer of a step that has run
     gains: bool  # static: only experts whose key is above that of who would leave
 
-    def init(self) -> Any:
+    def init(self, num_layers: int, num_experts: int) -> Any:
         """Memory of a fresh foresight."""
         ...
 
@@ -58,8 +60,9 @@ class _Stateless:
     after = False
     gains = False
 
-    def init(self) -> None:
+    def init(self, num_layers: int, num_experts: int) -> None:
         """Nothing to remember."""
+        del num_layers, num_experts
 
     def spent(self, memory: None, count: jax.Array) -> None:
         """Nothing to remember."""
@@ -100,35 +103,50 @@ class DraftRouting(_Stateless):
 
 
 @pytree
+class Savings:
+    """What the link has had time for."""
+
+    records: jax.Array  # [] f32
+    layers: jax.Array  # [] f32, L
+
+
+@pytree
 class Promote(_Stateless):
     """Experts that the step had to do without, if they are worth more than who would leave.
 
     Worth is the evictor's key. The link so works on what the host computed meanwhile (FreeToken,
-    arXiv 2608.16157: background promotion). `rate` is how many records the link moves while one
-    layer runs: what is saved up, at most `most`, may be spent in any layer.
+    arXiv 2608.16157: background promotion). `rate` is how many records the link moves in the time
+    of a step: what is saved up, at most `most`, may be spent in any layer.
     """
 
     after = True
     gains = True
 
-    rate: jax.Array | float = 1.0
+    rate: jax.Array | float = 3.0
     most: jax.Array | float = 8.0
 
-    def init(self) -> jax.Array:
-        """[] f32, records that the link has had time for."""
-        return jnp.float32(0)
+    def with_rate(self, rate: float) -> "Promote":
+        """The same at another rate; does not recompile."""
+        return dataclasses.replace(self, rate=np.float32(rate))
 
-    def wanted(self, memory: jax.Array, glimpse: Glimpse) -> tuple[jax.Array, jax.Array]:
+    def init(self, num_layers: int, num_experts: int) -> Savings:
+        """Nothing saved."""
+        del num_experts
+        return Savings(records=jnp.float32(0), layers=jnp.float32(num_layers))
+
+    def wanted(self, memory: Savings, glimpse: Glimpse) -> tuple[jax.Array, Savings]:
         """One plus the place in the order of keys, of missed experts, as many as there is time."""
-        saved = jnp.minimum(memory + self.rate * glimpse.valid.any(), self.most)
+        more = self.rate / memory.layers * glimpse.valid.any()
+        saved = jnp.minimum(memory.records + more, self.most)
         mine, other = glimpse.keys[:, None], glimpse.keys[None, :]
         order = (other < mine).sum(axis=1)
         priority = jnp.where(glimpse.missed, 1.0 + order, 0.0)
-        return best(priority, jnp.floor(saved).astype(jnp.int32)), saved
+        memory = dataclasses.replace(memory, records=saved)
+        return best(priority, jnp.floor(saved).astype(jnp.int32)), memory
 
-    def spent(self, memory: jax.Array, count: jax.Array) -> jax.Array:
+    def spent(self, memory: Savings, count: jax.Array) -> Savings:
         """That much time less."""
-        return memory - count
+        return dataclasses.replace(memory, records=memory.records - count)
 
 
 @pytree

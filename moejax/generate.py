@@ -252,6 +252,9 @@ class _Run:
             places = [*tokens_of(made, ~active, room, stop_ids)]
             if (made.bad & active).any():
                 raise NonFiniteError(NONFINITE)
+            seconds = time.perf_counter() - begun
+            learned = self._learned(loop.target.policy, seconds)
+            loop.target = dataclasses.replace(loop.target, policy=learned)
             stats.decode_seconds += time.perf_counter() - begun
             self._count_bytes(prefill=False)
             fresh = [_token(made, b, i) for b, i in places]
@@ -274,15 +277,21 @@ class _Run:
     ) -> tuple[DecodeState, Drawn]:
         """One decode step of tokens [B, 1], after which the policy's live numbers follow."""
         looked = self.drift is not None and self.drift.due()
-        before = np.asarray(state.length) if looked else None
+        before, begun = np.asarray(state.length) if looked else None, time.perf_counter()
         state, drawn, logits = self.step(state, tokens, prefill=False, logits=looked)
         if looked:
             state, nats = self._probe(rewind(state, before), tokens, logits)
             self.policy = self.drift.learn(self.policy, nats[active])
-        if self.costs.active:
-            self.policy = self.costs.learn(self.policy)
-            self.stats.load_us, self.stats.host_us = self.costs.load_us, self.costs.host_us
+        self.policy = self._learned(self.policy, time.perf_counter() - begun)
         return state, drawn
+
+    def _learned(self, policy: Policy, seconds: float) -> Policy:
+        """The policy after a decode step or cycle that took so long."""
+        if not self.costs.active:
+            return policy
+        policy = self.costs.learn(policy, seconds)
+        self.stats.load_us, self.stats.host_us = self.costs.load_us, self.costs.host_us
+        return policy
 
     def step(
         self,

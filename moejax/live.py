@@ -33,8 +33,8 @@ class Costs:
             self._costs, self._ratio = LiveCosts(), host / load if load else math.inf
             self._before, self._measured = link.stats(), set()
 
-    def learn(self, policy: Policy) -> Policy:
-        """The policy with the average costs of the latest steps."""
+    def learn(self, policy: Policy, seconds: float | None = None) -> Policy:
+        """The policy with the average costs of the latest steps, one of which took `seconds`."""
         now = self._link.stats()
         found = {"load": _each(self._before, now, "busy_us", "landed")}
         found["host"] = _each(self._before, now, "host_us", "host_experts")
@@ -45,8 +45,11 @@ class Costs:
             return policy
         # until an expert ran on the host, its cost is what the policy's ratio makes of the link's
         host = self._ratio * self._costs.load if self.host_us is None else self.host_us
-        placement = policy.placement.with_costs(self._costs.load, host)
-        return dataclasses.replace(policy, placement=placement)
+        parts = {"placement": policy.placement.with_costs(self._costs.load, host)}
+        if seconds is not None and hasattr(policy.foresight, "with_rate"):
+            rate = seconds * 1e6 / max(self._costs.load, 1.0)
+            parts["foresight"] = policy.foresight.with_rate(rate)
+        return dataclasses.replace(policy, **parts)
 
     @property
     def load_us(self) -> float | None:

@@ -84,8 +84,7 @@ def load(
     directory = source.parent if gguf_file.is_gguf(source) else source
     config = config_from_hf(read_config(source))
     quant = _quantised(source, quant_format(quant, group))
-    memory = None if device_memory is None else parse_bytes(device_memory)
-    _bound_allocator(config, quant or dtype, memory)  # before anything starts JAX
+    memory = _allocated(config, quant or dtype, device_memory)  # before anything starts JAX
     budgeted = memory is not None or host_memory is not None
     chosen, context = _policy(config, policy, budgeted), decode.checked_context(config, context)
     model = Decoder(config, dtype, quant, devices.kernels(kernels))
@@ -173,10 +172,13 @@ def _quantised(source: pathlib.Path, quant: str | None) -> str | None:
     return stored
 
 
-def _bound_allocator(config: ModelConfig, dtype: str, memory: int | None) -> None:
+def _allocated(config: ModelConfig, dtype: str, device_memory: int | str | None) -> int | None:
+    """The budget in bytes, to which JAX's allocator is bound."""
+    memory = None if device_memory is None else parse_bytes(device_memory)
     experts = config.num_moe_layers * config.num_experts
     host = experts * config.record_layout(dtype).stride if experts else 0
     allocator.apply(allocator.environment_for(memory, allocator.gpu_memory(), host))
+    return memory
 
 
 def _read(

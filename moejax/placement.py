@@ -7,6 +7,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moejax.errors import InputError, PolicyError
 from moejax.state import pytree, static
@@ -80,7 +81,7 @@ def _cost(value: jax.Array | float) -> jax.Array:
 
 def _like(old: jax.Array | float, new: jax.Array | float) -> jax.Array | float:
     # A Python number and an array are different types to `jit`: a change would recompile.
-    return _cost(new) if hasattr(old, "dtype") else new
+    return np.float32(new) if hasattr(old, "dtype") else new
 
 
 @pytree

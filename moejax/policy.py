@@ -76,7 +76,7 @@ class Policy:
             router=self.router.init(num_layers, num_experts),
             evictor=self.evictor.init(num_layers, num_experts),
             predictor=self.predictor.init(num_layers, num_experts),
-            foresight=self.foresight.init(),
+            foresight=self.foresight.init(num_layers, num_experts),
             speculation=self.speculation.init(),
             forecast=Forecast(wanted=none, fresh=none) if self.looks_ahead else None,
         )

@@ -273,7 +273,7 @@ def sp_moe_self(gamma: int = 2, limit: int = MANY, cutoff: int = MANY, window: i
 
 
 def auto(
-    gamma: int = 4, decay: float = 0.9, load: float = 3.0, host: float = 1.0, rate: float = 0.5
+    gamma: int = 4, decay: float = 0.9, load: float = 3.0, host: float = 1.0, rate: float = 3.0
 ) -> Policy:
     """Ours: whatever is predicted to cost least, for every miss, every slot and every draft."""
     costs = Costs(load=jnp.float32(load), host0=jnp.float32(host), device=jnp.float32(load / 30))
@@ -294,7 +294,7 @@ def auto_lossy(
     decay: float = 0.9,
     load: float = 0.15,
     host: float = 0.05,
-    rate: float = 0.5,
+    rate: float = 3.0,
 ) -> Policy:
     """The same, and experts are replaced where that costs less than alpha of loss per ms."""
     made = dataclasses.replace(auto(gamma, decay, load, host, rate), must_be_exact=False)

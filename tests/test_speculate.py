@@ -61,7 +61,7 @@ KINDS = {
         SelfDraft(router=RandomResident(seed=1)),
         4,
         evictor=DraftSet(size=jnp.int32(3)),
-        foresight=Promote(rate=jnp.float32(0.5)),
+        foresight=Promote(rate=jnp.float32(2.0)),
     ),
     "lookup": lambda: drafting(LookupDraft(least=jnp.int32(1)), 4),
     "model": lambda: drafting(ModelDraft(), 4, foresight=DraftRouting()),
@@ -308,7 +308,7 @@ def opened(built, **link):
 @needs_native
 def test_over_a_link_with_delays_cycles_are_those_in_memory():
     built, prompts = deep(), prompts_of(4, 2)
-    for parts in ({}, {"foresight": DraftRouting()}, {"foresight": Promote(rate=0.7)}):
+    for parts in ({}, {"foresight": DraftRouting()}, {"foresight": Promote(rate=3.0)}):
         made = drafting(SELF, 3, placement=HostAll(), **parts)
         link, store = opened(built, gigabytes_per_second=0.05, jitter_us=300.0, seed=5)
         with link:
