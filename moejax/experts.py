@@ -163,6 +163,7 @@ class _Work:
         rows = kernels.empty_rows(plan, layer.x.shape[1])
         memory, account = forecast.resolve(memory, layer.index, used.needed, there)
         keys = forecast.protected(memory, policy.evictor.keys(memory.evictor, layer.index))
+        pinned = window.draft_set(policy, memory)
         shelf = supply.forget(shelf, used.needed, layer.x)
         shelf = supply.request(shelf, pending, order, Kind.DEMAND, layer.x)
         rows = self._from_copies(low, plan, rows)
@@ -170,14 +171,15 @@ class _Work:
         if policy.predictor.horizon and not (layer.prefill and policy.predictor.attends):
             ready = pending & there & ~account.fresh
             shelf, rows, _, cost = supply.compute(shelf, None, ready, plan, layer.x, rows)
-            shelf, copies = supply.find(shelf, keys, pending, order)
+            shelf, copies = supply.find(shelf, keys, pending, order, pinned)
             pending = pending & ~ready
             moved = moved.add(copies.count, *cost)
             memory, shelf, kv, prefetched = self._prefetch(memory, shelf, kv, plan, rows)
             shelf = supply.copy(shelf, copies, rows)
         if policy.placement.uses_host:
             rows = supply.on_host(shelf, host | overdue, plan, layer.x, rows)
-        shelf, rows, moved, passes = self._rest(shelf, keys, pending, order, plan, rows, moved)
+        choice = (keys, order, pinned)
+        shelf, rows, moved, passes = self._rest(shelf, choice, pending, plan, rows, moved)
         if policy.foresight.after and not layer.prefill:
             shelf, memory, count = self._bring(shelf, memory, rows, fetchable & ~there)
             prefetched += count
@@ -198,7 +200,7 @@ class _Work:
         shelf, rows, _, cost = supply.compute(shelf, None, run, plan, layer.x, rows)
         prefetched, none = jnp.int32(0), jnp.zeros_like(there)
         if supply.policy.foresight.drafts:
-            shelf, memory, prefetched = self._bring(shelf, memory, rows, none)
+            shelf, memory, prefetched = self._bring(shelf, memory, rows, None)
         y = kernels.combine(plan, rows, layer.routing.weight)
         moved = Moved.none().add(jnp.int32(0), *cost)
         account = forecast.Account.none(layer.experts)
@@ -214,7 +216,7 @@ class _Work:
         return kernels.experts(copies.layout, copies.records, index, plan, self.layer.x, rows)[1]
 
     def _bring(
-        self, shelf: Shelf, memory: PolicyMemory, rows: jax.Array, missed: jax.Array
+        self, shelf: Shelf, memory: PolicyMemory, rows: jax.Array, missed: jax.Array | None
     ) -> tuple[Shelf, PolicyMemory, jax.Array]:
         """Bring in what the foresight wants for the next run of this layer."""
         layer = self.layer
@@ -227,6 +229,7 @@ class _Work:
             layer.picks.shape[1],
             chance=layer.chance,
             missed=missed,
+            used=None if missed is None else self.used,
         )
         return window.bring(self.supply, shelf, memory, seen, rows)
 
@@ -250,19 +253,22 @@ class _Work:
     def _rest(
         self,
         shelf: Shelf,
-        keys: jax.Array,
+        choice: tuple[jax.Array, jax.Array, jax.Array | None],
         pending: jax.Array,
-        order: jax.Array,
         plan: Any,
         rows: jax.Array,
         moved: Moved,
     ) -> tuple[Shelf, jax.Array, Moved, jax.Array]:
-        """Run the experts `pending`, in as many passes over the slots as it takes."""
-        supply, x = self.supply, self.layer.x
+        """Run the experts `pending`, in as many passes over the slots as it takes.
+
+        Args:
+            choice: the evictor's keys, who comes first, and who is pinned.
+        """
+        supply, x, (keys, order, pinned) = self.supply, self.layer.x, choice
 
         def one_pass(carry: tuple) -> tuple:
             pending, shelf, rows, moved, passes = carry
-            shelf, copies = supply.find(shelf, keys, pending, order)
+            shelf, copies = supply.find(shelf, keys, pending, order, pinned)
             shelf, rows, ran, cost = supply.compute(shelf, copies, pending, plan, x, rows)
             return pending & ~ran, shelf, rows, moved.add(copies.count, *cost), passes + 1
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from moejax.prediction import MANY, best
 from moejax.state import pytree, static
+from moejax.utility import MAX_CAP, Costs, Work, balance
 
 
 @pytree
@@ -29,6 +30,8 @@ class Glimpse:
     resident: jax.Array  # [E] bool
     keys: jax.Array  # [E], of the evictor: who leaves last
     levels: jax.Array | None  # [E] i32, utility levels, of evictors that have them
+    work: Work | None  # of the step that has run, for foresights that balance it
+    slots: jax.Array  # [] i32, in use
     valid: jax.Array  # [N] bool
     top_k: int = static()
 
@@ -155,14 +158,19 @@ class UtilityQueue(_Stateless):
 
     MoE-SpAc (arXiv 2603.09983): what a window says of the next one. Asked when a layer's window has
     run, so that records move while other layers run and tokens are drafted. The evictor has to
-    have levels (`utility.Utility`).
+    have levels (`utility.Utility`). With costs, the threshold of each layer is the one by which
+    device, host and link are done earliest, but never below the number.
     """
 
     after = True
 
     threshold: jax.Array | int = 1
+    costs: Costs | None = None  # see `utility.balance`
 
     def wanted(self, memory: None, glimpse: Glimpse) -> tuple[jax.Array, None]:
         """The level, where it reaches the threshold."""
-        level = glimpse.levels
-        return jnp.where(level >= self.threshold, level, 0).astype(jnp.float32), memory
+        level, threshold = glimpse.levels, self.threshold
+        if self.costs is not None:
+            balanced = balance(glimpse.work, self.costs, MAX_CAP, glimpse.slots)
+            threshold = jnp.maximum(threshold, balanced.threshold)
+        return jnp.where(level >= threshold, level, 0).astype(jnp.float32), memory

@@ -11,111 +11,99 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from moejax.alternatives import CacheBoost, LowBitFallback
-from moejax.drafting import AllLowBits, GatedBias, NearestResident, SkipMissing
+from moejax.draft_presets import (
+    auto,
+    auto_lossy,
+    lookup,
+    moe_spac,
+    moe_spac_balanced,
+    moe_speq,
+    self_draft,
+    self_draft_bias,
+    sp_moe,
+    sp_moe_self,
+    specmoe,
+)
 from moejax.errors import PolicyError
-from moejax.eviction import LRU, Evictor
+from moejax.eviction import LRU
 from moejax.evictors import (
     LFU,
     ClassLRU,
     DecayedLFU,
     LeastStale,
     ScoreEMA,
-    ScoreWindow,
     TwoQueue,
 )
-from moejax.foresight import DraftRouting, Promote, UtilityQueue
-from moejax.lengths import CycleCosts, FixedLength, Lengths, LiveLength
-from moejax.pinning import DraftSet
 from moejax.placement import BandwidthShare, FetchAll, HostAll, ThreeTimelines, TwoPointer
 from moejax.policy import UNLIMITED, Policy
 from moejax.prediction import (
-    MANY,
     Everything,
-    LastLayer,
     NextAttention,
     NextGate,
     NextResidual,
 )
-from moejax.price import Costs, Priced, PricedPlacement
-from moejax.routing import TopK
-from moejax.speculation import Draft, LookupDraft, ModelDraft, SelfDraft, Speculate
+from moejax.preset_parts import exact, window_of
 from moejax.substitution import Substitute
-from moejax.utility import Utility
-from moejax.value import Value
-
-WINDOW_SIZE = 64  # steps that a window's memory has room for: to change n below never recompiles
-
-
-def _window(steps: int) -> ScoreWindow:
-    return ScoreWindow(n=jnp.int32(steps), size=max(steps, WINDOW_SIZE))
-
-
-def _exact(evictor: Evictor, **parts: object) -> Policy:
-    return Policy(
-        **{"router": TopK(), "evictor": evictor, "placement": FetchAll()} | parts,
-        capacity=jnp.int32(UNLIMITED),
-        must_be_exact=True,
-    )
 
 
 def lru() -> Policy:
     """On-demand offloading, least recently used out first."""
-    return _exact(LRU())
+    return exact(LRU())
 
 
 def lfu() -> Policy:
     """Least often used out first."""
-    return _exact(LFU())
+    return exact(LFU())
 
 
 def decayed_lfu(decay: float = 0.95) -> Policy:
     """Least often used out first, old uses counting less."""
-    return _exact(DecayedLFU(decay=jnp.float32(decay)))
+    return exact(DecayedLFU(decay=jnp.float32(decay)))
 
 
 def class_lru(period: int = 64) -> Policy:
     """By frequency class, then least recently used (llama.cpp)."""
-    return _exact(ClassLRU(period=jnp.int32(period)))
+    return exact(ClassLRU(period=jnp.int32(period)))
 
 
 def two_queue(window: int = 64) -> Policy:
     """Scan-resistant: experts used once leave before those used again."""
-    return _exact(TwoQueue(window=jnp.int32(window)))
+    return exact(TwoQueue(window=jnp.int32(window)))
 
 
 def least_stale() -> Policy:
     """The experts whose layer comes last leave first (SpecMD, arXiv 2602.03921)."""
-    return _exact(LeastStale())
+    return exact(LeastStale())
 
 
 def score_window(window: int = 16) -> Policy:
     """SMoE's eviction alone: the smallest mean router score of the last steps."""
-    return _exact(_window(window))
+    return exact(window_of(window))
 
 
 def score_ema(decay: float = 0.9) -> Policy:
     """The smallest decayed router score out first."""
-    return _exact(ScoreEMA(decay=jnp.float32(decay)))
+    return exact(ScoreEMA(decay=jnp.float32(decay)))
 
 
 def host() -> Policy:
     """Misses run on the host, nothing is moved: what is resident comes from a residency file."""
-    return _exact(LRU(), placement=HostAll())
+    return exact(LRU(), placement=HostAll())
 
 
 def balanced(load: float = 3.0, host: float = 1.0) -> Policy:
     """LRU with misses split between the link and the host by SMoE's two pointers."""
-    return _exact(LRU(), placement=_two_pointer(load, host))
+    return exact(LRU(), placement=_two_pointer(load, host))
 
 
 def bandwidth(share: float = 0.5) -> Policy:
     """LRU with a share of the misses fetched, as bandwidths go (FreeToken, arXiv 2608.16157)."""
-    return _exact(LRU(), placement=BandwidthShare(share=jnp.float32(share)))
+    return exact(LRU(), placement=BandwidthShare(share=jnp.float32(share)))
 
 
 def hybrimoe(load: float = 3.0, host: float = 1.0, device: float = 0.1, limit: int = 2) -> Policy:
     """HybriMoE (arXiv 2504.05897): score EMA, three timelines, prefetch by the next gate."""
-    return _exact(
+    return exact(
         ScoreEMA(decay=jnp.float32(0.9)),
         placement=_timelines(load, host, device),
         predictor=NextGate(limit=jnp.int32(limit), alpha=jnp.float32(0.0)),
@@ -124,12 +112,12 @@ def hybrimoe(load: float = 3.0, host: float = 1.0, device: float = 0.1, limit: i
 
 def moe_infinity() -> Policy:
     """Prefetch of all picks of the next gate, as MoE-Infinity prefetches all that it expects."""
-    return _exact(LRU(), predictor=NextGate(alpha=jnp.float32(0.0)))
+    return exact(LRU(), predictor=NextGate(alpha=jnp.float32(0.0)))
 
 
 def stream() -> Policy:
     """Every layer's experts are moved while the layer before runs (DeepSpeed)."""
-    return _exact(LRU(), predictor=Everything())
+    return exact(LRU(), predictor=Everything())
 
 
 def _two_pointer(load: float, host: float) -> TwoPointer:
@@ -145,7 +133,7 @@ def smoe_fetch(alpha: float = 0.25, window: int = 16, horizon: int = 1) -> Polic
     """SMoE without host compute: substitution, score eviction, top-score prefetch."""
     return Policy(
         router=Substitute(alpha=jnp.float32(alpha)),
-        evictor=_window(window),
+        evictor=window_of(window),
         placement=FetchAll(),
         capacity=jnp.int32(UNLIMITED),
         predictor=NextAttention(alpha=jnp.float32(alpha), horizon=horizon),
@@ -206,112 +194,6 @@ def cache_boost(boost: float = 0.5, keep: int = 1) -> Policy:
     )
 
 
-def _drafting(draft: Draft, gamma: int, lengths: Lengths | None = None) -> Speculate:
-    lengths = FixedLength(gamma=jnp.int32(gamma)) if lengths is None else lengths
-    return Speculate(draft=draft, lengths=lengths, max_length=max(gamma, 1))
-
-
-def _live() -> LiveLength:
-    start = {"plain_ms": 1.0, "fixed_ms": 0.5, "draft_ms": 0.3, "token_ms": 0.1, "miss_ms": 0.05}
-    costs = CycleCosts(**{name: jnp.float32(value) for name, value in start.items()})
-    return LiveLength(costs=costs)
-
-
-def specmoe(gamma: int = 5, size: int = 8, decay: float = 0.5) -> Policy:
-    """SpecMoE: drafts by the nearest of `size` pinned experts per layer, chosen in verification."""
-    router = NearestResident(distance=None)
-    return _exact(
-        DraftSet(size=jnp.int32(size), decay=jnp.float32(decay)),
-        speculation=_drafting(SelfDraft(router=router), gamma),
-    )
-
-
-def self_draft(gamma: int = 2, window: int = 32) -> Policy:
-    """Drafts by all residents, missing experts left out; the smallest mean score leaves first."""
-    draft = SelfDraft(router=SkipMissing())
-    return _exact(_window(window), speculation=_drafting(draft, gamma))
-
-
-def self_draft_bias(gamma: int = 2, window: int = 32) -> Policy:
-    """The same with a gated bias towards residents before the top-k choice."""
-    draft = SelfDraft(router=GatedBias())
-    return _exact(_window(window), speculation=_drafting(draft, gamma))
-
-
-def lookup(gamma: int = 4, least: int = 2) -> Policy:
-    """Drafts what followed the last occurrence of the newest tokens; LRU."""
-    return _exact(LRU(), speculation=_drafting(LookupDraft(least=jnp.int32(least)), gamma))
-
-
-def moe_speq(gamma: int = 4, limit: int = MANY) -> Policy:
-    """Drafts by int4 copies of all experts, whose routing is prefetched (arXiv 2511.14102)."""
-    return _exact(
-        LRU(),
-        foresight=DraftRouting(limit=jnp.int32(limit)),
-        speculation=_drafting(SelfDraft(router=AllLowBits()), gamma),
-    )
-
-
-def sp_moe(gamma: int = 4, limit: int = MANY, cutoff: int = MANY) -> Policy:
-    """SP-MoE: a draft model's attention outputs through the gates, up to layer `cutoff`; LRU."""
-    return _exact(
-        LRU(),
-        cutoff=LastLayer(last=jnp.int32(cutoff)),
-        foresight=DraftRouting(limit=jnp.int32(limit)),
-        speculation=_drafting(ModelDraft(), gamma),
-    )
-
-
-def sp_moe_self(gamma: int = 2, limit: int = MANY, cutoff: int = MANY, window: int = 32) -> Policy:
-    """SP-MoE fed by the self-draft, whose own routing is the prediction."""
-    made = self_draft(gamma, window)
-    return dataclasses.replace(
-        made,
-        cutoff=LastLayer(last=jnp.int32(cutoff)),
-        foresight=DraftRouting(limit=jnp.int32(limit)),
-    )
-
-
-def auto(
-    gamma: int = 4, decay: float = 0.9, load: float = 3.0, host: float = 1.0, rate: float = 3.0
-) -> Policy:
-    """Ours: whatever is predicted to cost least, for every miss, every slot and every draft."""
-    costs = Costs(load=jnp.float32(load), host0=jnp.float32(host), device=jnp.float32(load / 30))
-    made = _exact(
-        Value(decay=jnp.float32(decay)),
-        placement=PricedPlacement(costs=costs),
-        foresight=Promote(rate=jnp.float32(rate)),
-    )
-    if not gamma:
-        return made
-    draft = SelfDraft(router=SkipMissing())
-    return dataclasses.replace(made, speculation=_drafting(draft, gamma, _live()))
-
-
-def auto_lossy(
-    alpha: float = 0.5,
-    gamma: int = 0,
-    decay: float = 0.9,
-    load: float = 0.15,
-    host: float = 0.05,
-    rate: float = 3.0,
-) -> Policy:
-    """The same, and experts are replaced where that costs less than alpha of loss per ms."""
-    made = dataclasses.replace(auto(gamma, decay, load, host, rate), must_be_exact=False)
-    router = Priced(alpha=jnp.float32(alpha), costs=made.placement.costs, kappa=None)
-    return dataclasses.replace(made, router=router)
-
-
-def moe_spac(gamma: int = 8, cap: int = 5, up: float = 5.0, threshold: int = 1) -> Policy:
-    """MoE-SpAc: a draft model, utility levels from windows, misses on the host."""
-    return _exact(
-        Utility(cap=jnp.int32(cap), up=jnp.float32(up)),
-        placement=HostAll(),
-        foresight=UtilityQueue(threshold=jnp.int32(threshold)),
-        speculation=_drafting(ModelDraft(), gamma),
-    )
-
-
 PRESETS: dict[str, Callable[..., Policy]] = {
     made.__name__.replace("_", "-"): made
     for made in (
@@ -343,6 +225,7 @@ PRESETS: dict[str, Callable[..., Policy]] = {
         sp_moe,
         sp_moe_self,
         moe_spac,
+        moe_spac_balanced,
         auto,
         auto_lossy,
     )

@@ -118,11 +118,20 @@ class Supply:
         return self.layer * self.experts + jnp.arange(self.experts, dtype=jnp.int32)
 
     def find(
-        self, shelf: Shelf, keys: jax.Array, wanted: jax.Array, order: jax.Array
+        self,
+        shelf: Shelf,
+        keys: jax.Array,
+        wanted: jax.Array,
+        order: jax.Array,
+        pinned: jax.Array | None = None,
     ) -> tuple[Shelf, tables.Copies]:
-        """Give slots to as many absent ones of the experts `wanted` [E] as possible, in order."""
-        residency = shelf.residency
-        capacity = tables.usable(residency, self.experts, self.policy.capacity)
+        """Give slots to as many absent ones of the experts `wanted` [E] as possible, in order.
+
+        Those of experts that are `pinned` [L * E] stay, unless there are no others.
+        """
+        home = shelf.residency.home
+        capacity = tables.usable(shelf.residency, self.experts, self.policy.capacity)
+        residency = self._pinned(shelf.residency, wanted, capacity, pinned)
         if kernels.chosen() != "native":
             residency, copies = tables.bring(residency, keys, self.layer, wanted, order, capacity)
         else:
@@ -136,14 +145,32 @@ class Supply:
                 self.layer,
                 capacity,
             )
-            residency = Residency(slot_of=slot_of, owner=owner, home=residency.home)
+            residency = Residency(slot_of=slot_of, owner=owner, home=home)
             copies = tables.Copies(slot=slot, expert=expert, count=count)
+        residency = dataclasses.replace(residency, home=home)
         arriving = shelf.arriving
         if arriving is not None:
             brought = jnp.arange(self.experts) < copies.count
             slot = jnp.where(brought, copies.slot, arriving.shape[0])
             arriving = arriving.at[slot].set(True, mode="drop")
         return Shelf(source=shelf.source, residency=residency, arriving=arriving), copies
+
+    def _pinned(
+        self,
+        residency: Residency,
+        wanted: jax.Array,
+        capacity: jax.Array,
+        pinned: jax.Array | None,
+    ) -> Residency:
+        """The tables, in which the slots of pinned experts serve no layer, if others are free."""
+        if pinned is None:
+            return residency
+        owner, layers = residency.owner, residency.slot_of.shape[0] // self.experts
+        away = (owner >= 0) & pinned[jnp.maximum(owner, 0)]
+        kept = dataclasses.replace(residency, home=jnp.where(away, layers, residency.home))
+        there = self.slots(residency) >= 0
+        free = tables.evictable(kept, self.layer, wanted & there, capacity).any()
+        return dataclasses.replace(kept, home=jnp.where(free, kept.home, residency.home))
 
     def request(
         self, shelf: Shelf, wanted: jax.Array, order: jax.Array, kind: Any, after: jax.Array

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 
 from moejax import forecast
 from moejax import residency as tables
+from moejax.eviction import Access
 from moejax.foresight import Glimpse
 from moejax.policy import Policy
 from moejax.prediction import in_order, ranks
 from moejax.state import ExpertCache, PolicyMemory
 from moejax.supply import Shelf, Supply, layer_slots
+from moejax.utility import Work, at_least
 
 
 def draft_set(policy: Policy, memory: PolicyMemory) -> jax.Array | None:
@@ -43,23 +45,40 @@ def glimpse(
     *,
     chance: jax.Array | None = None,
     missed: jax.Array | None = None,
+    used: Access | None = None,
 ) -> Glimpse:
-    """What the foresight sees of the supply's layer: scores [N, E], valid [N]."""
-    policy, evictor = supply.policy, supply.policy.evictor
-    levels = None
-    if hasattr(evictor, "levels"):
-        start = (supply.layer * supply.experts,)
-        levels = jax.lax.dynamic_slice(evictor.levels(memory.evictor), start, (supply.experts,))
-    start = (supply.layer * supply.experts,)
+    """What the foresight sees of the supply's layer: scores [N, E], valid [N].
+
+    Args:
+        used: what the step that has run used; None in drafts.
+    """
+    policy, start = supply.policy, (supply.layer * supply.experts,)
+    resident, levels, work = supply.slots(shelf.residency) >= 0, None, None
+    if hasattr(policy.evictor, "levels"):
+        every = policy.evictor.levels(memory.evictor)
+        levels = jax.lax.dynamic_slice(every, start, (supply.experts,))
+        if used is not None and getattr(policy.foresight, "costs", None) is not None:
+            absent = shelf.residency.slot_of < 0
+            work = Work(
+                level=levels,
+                tokens=used.tokens,
+                needed=used.needed,
+                # As if what is hot were there already: else nothing would ever be fetched.
+                resident=jnp.ones_like(resident),
+                hot=at_least(every, jnp.ones_like(absent)),
+                coming=at_least(every, absent),
+            )
     keys = policy.evictor.keys(memory.evictor, supply.layer)
     return Glimpse(
         layer=supply.layer,
         scores=scores,
         chance=jnp.ones(scores.shape[0], jnp.float32) if chance is None else chance,
         missed=jnp.zeros(supply.experts, bool) if missed is None else missed,
-        resident=supply.slots(shelf.residency) >= 0,
+        resident=resident,
         keys=jax.lax.dynamic_slice(keys, start, (supply.experts,)),
         levels=levels,
+        work=work,
+        slots=tables.usable(shelf.residency, supply.experts, policy.capacity),
         valid=valid,
         top_k=top_k,
     )

@@ -19,8 +19,8 @@ GROUPS = {
     "data": "errors layout formats quantise units hardware config state packing",
     "decisions": (
         "routing substitution alternatives eviction evictors residency placement prediction "
-        "forecast speculation policy presets sampling drafting lengths cutoffs pinning foresight "
-        "utility price value acceptance"
+        "forecast speculation policy presets draft_presets preset_parts sampling drafting lengths "
+        "cutoffs pinning foresight utility price value acceptance"
     ),
     "mechanism": (
         "supply window experts models detokenize chat text decode live stats generate speculate "
