@@ -323,7 +323,8 @@ class _Work:
     def _exact_picks(self) -> tuple[jax.Array, jax.Array]:
         """[E] experts that the model's own router picks; also how many picks it makes in vain."""
         layer, routing = self.layer, self.layer.routing
-        if self.supply.policy.router.exact:
+        drafts = self.ahead is None
+        if not drafts and self.supply.policy.router.exact:
             return self.used.needed, jnp.int32(0)
         picks = jnp.where(layer.valid[:, None], routing.exact, layer.experts)
         exact = jnp.zeros_like(self.used.needed).at[picks].set(True, mode="drop")
