@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moejax.decode import chunks, decode_step
@@ -54,6 +53,15 @@ class Helper:
             )
 
 
+@dataclasses.dataclass
+class Live:
+    """What cycles were found to cost; goes on from one run of a runtime to the next."""
+
+    costs: LiveCycles = dataclasses.field(default_factory=LiveCycles)
+    compiled: set[tuple[int, int]] = dataclasses.field(default_factory=set)  # batch and width
+    known: bool = False  # whether a cycle has been timed
+
+
 def widths(max_length: int) -> list[int]:
     """Tokens verified at once, for which programs are made: drafts of 0, 1, 2, 4, ... tokens."""
     found, drafts = [1], 1
@@ -80,6 +88,7 @@ class Cycles:
         key: jax.Array,
         top: int = 0,
         record: bool = False,
+        live: Live | None = None,
     ):
         """What a run needs; with `record`, `trace` is that of the latest verification."""
         speculation = target.policy.speculation
@@ -92,11 +101,14 @@ class Cycles:
         self.helper = helper if speculation.draft.kind == "model" else None
         self.options = {"top": top, "record": record}
         self.greedy = bool(np.all(np.asarray(sampling.temperature) == 0))
-        self.live = LiveCycles() if hasattr(speculation.lengths, "with_costs") else None
+        self.live = None
+        if hasattr(speculation.lengths, "with_costs"):
+            self.live = live or Live()
+            if self.live.known:
+                self._renew_costs()
         self.run: Speculating | None = None
         self.trace: StepTrace | None = None
         self.gamma = 0
-        self._timed: set[int] = set()  # widths whose program has run, and so is compiled
 
     def begin(
         self, state: DecodeState, texts: Sequence[np.ndarray], seen: jax.Array | None
@@ -159,9 +171,9 @@ class Cycles:
             self.target,
             self.helper and self.helper.fixed,
             self.run,
-            jnp.int32(gamma),
-            jnp.asarray(room - 1, jnp.int32),
-            jnp.asarray(active),
+            np.int32(gamma),
+            (room - 1).astype(np.int32),
+            active,
             self.sampling,
             self.key,
             width=width,
@@ -179,17 +191,23 @@ class Cycles:
         self, gamma: int, width: int, seconds: float, made: Made, active: np.ndarray
     ) -> None:
         self.gamma = int(made.next_length)
-        first = width not in self._timed
-        self._timed.add(width)
         self.stats.add_cycle(made, active, gamma)
-        if self.live is None or first:
+        if self.live is None:
+            return
+        program = (len(active), width)
+        if program not in self.live.compiled:  # it may have been compiled just now
+            self.live.compiled.add(program)
             return
         missed = int(made.totals.needed) - int(made.totals.hits)
-        self.live.add(gamma, seconds, gamma, gamma + 1, missed)
-        if gamma == 0 and self.stats.steps % PLAIN_LEARNED:
-            return
+        self.live.costs.add(gamma, seconds, gamma, gamma + 1, missed)
+        self.live.known = True
+        if gamma or self.stats.steps % PLAIN_LEARNED == 0:
+            self._renew_costs()
+
+    def _renew_costs(self) -> None:
+        """The policy with the costs of the latest cycles."""
         speculation = self.target.policy.speculation
-        lengths = speculation.lengths.with_costs(self.live.costs())
+        lengths = speculation.lengths.with_costs(self.live.costs.costs())
         speculation = dataclasses.replace(speculation, lengths=lengths)
         policy = dataclasses.replace(self.target.policy, speculation=speculation)
         self.target = dataclasses.replace(self.target, policy=policy)

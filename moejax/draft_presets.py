@@ -87,7 +87,7 @@ def sp_moe_self(gamma: int = 2, limit: int = MANY, cutoff: int = MANY, window: i
 
 
 def auto(
-    gamma: int = 4, decay: float = 0.9, load: float = 3.0, host: float = 1.0, rate: float = 3.0
+    gamma: int = 3, decay: float = 0.9, load: float = 3.0, host: float = 1.0, rate: float = 3.0
 ) -> Policy:
     """Ours: whatever is predicted to cost least, for every miss, every slot and every draft."""
     costs = Costs(load=jnp.float32(load), host0=jnp.float32(host), device=jnp.float32(load / 30))

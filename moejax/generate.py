@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.cycles import Cycles, Helper, tokens_of
+from moejax.cycles import Cycles, Helper, Live, tokens_of
 from moejax.decode import (
     check_arrived,
     check_room,
@@ -127,6 +127,7 @@ class Engine:
     link: Store | None = None  # of a store behind a link
     drift: DriftBudget | None = None
     helper: Helper | None = None  # a draft model
+    live: Live | None = None  # what speculative cycles were found to cost before
 
     def tokens(
         self,
@@ -238,7 +239,8 @@ class _Run:
         engine, stats = self.engine, self.stats
         fixed = {"model": engine.model, "params": engine.params, "store": engine.store}
         target = Target(policy=self.policy, **fixed)
-        loop = Cycles(target, engine.helper, stats, self.sampling, self.key, self.top)
+        fixed = (target, engine.helper, stats, self.sampling, self.key)
+        loop = Cycles(*fixed, top=self.top, live=engine.live)
         loop.begin(state, texts, self.seen)
         room = np.full(len(texts), max_new_tokens - 1)
         while not (finished | (room < 1)).all():

@@ -6,6 +6,7 @@ is worth how much of the other.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import numpy as np
 
 from moejax.placement import Demand
 from moejax.routing import Routing, Scored, TopK, eligible_scores
-from moejax.state import pytree, static
+from moejax.state import array_fields, pytree, static
 from moejax.substitution import Lossy, in_prompt, rerouted
 from moejax.value import averaged
 
@@ -340,17 +341,19 @@ class PricedPlacement:
 
         They may be in another unit: the device's cost keeps its ratio to the link's, and the two
         parts of the host's keep theirs (all is per token if there was no host). Leaves become f32
-        arrays; where they were that before, nothing recompiles.
+        scalars; where they were that before, nothing recompiles.
         """
-        old, load, host = self.costs, jnp.float32(load), jnp.float32(host)
-        usable = old.has_link & (jnp.asarray(old.load) > 0)
-        unit = jnp.where(usable & (load < jnp.inf), load / old.load, 1.0)
-        fixed = jnp.where(old.has_host & (old.host(1) > 0), old.host0 / old.host(1), 0.0) * host
+        # On the host, after every step: no arrays are made.
+        old = {name: float(getattr(self.costs, name)) for name in array_fields(Costs)}
+        load, host = float(load), float(host)
+        unit = load / old["load"] if 0 < old["load"] < math.inf and load < math.inf else 1.0
+        each = old["host0"] + old["host1"]
+        fixed = (old["host0"] / each if 0 < each < math.inf else 0.0) * host
         costs = dataclasses.replace(
-            old,
-            load=load,
-            host0=jnp.float32(fixed),
-            host1=jnp.float32(host - fixed),
-            device=jnp.float32(old.device * unit),
+            self.costs,
+            load=np.float32(load),
+            host0=np.float32(fixed),
+            host1=np.float32(host - fixed if host < math.inf else 0.0),
+            device=np.float32(old["device"] * unit),
         )
         return dataclasses.replace(self, costs=costs)

@@ -11,7 +11,7 @@ import numpy as np
 
 from moejax import decode, devices, warm
 from moejax.config import ModelConfig
-from moejax.cycles import Helper
+from moejax.cycles import Helper, Live
 from moejax.errors import BudgetError, InputError, TokenizerError
 from moejax.generate import Engine, Token
 from moejax.kernels.transport import Store
@@ -64,6 +64,7 @@ class Runtime:
     residency_file: pathlib.Path | None = None  # for warm starts: read if it exists, then written
     draft: "Runtime | None" = None  # the model that drafts, for policies that want one
     stats: Stats = dataclasses.field(init=False)
+    _live: Live = dataclasses.field(default_factory=Live, init=False, repr=False)
     _tokenizer: Tokenizer | None = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self):
@@ -81,7 +82,8 @@ class Runtime:
         """The fixed arguments of the step, with the loops over it."""
         fixed = (self.model, self.policy, self.params, self.store)
         helper = self.draft and self.draft.as_helper()
-        return Engine(*fixed, context=self.context, link=self.link, helper=helper)
+        live = {"helper": helper, "live": self._live}
+        return Engine(*fixed, context=self.context, link=self.link, **live)
 
     def as_helper(self) -> Helper:
         """This model as the one that drafts for another."""
