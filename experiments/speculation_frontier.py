@@ -24,6 +24,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -32,6 +33,8 @@ from experiments import smoe_common as common
 from experiments import speculation_common as runs
 from experiments.smoe_common import Text, gap_closed, with_policy
 from experiments.speculation_common import Generation
+from moejax.drafters import completed
+from moejax.foresight import NoForesight
 from moejax.policy import Policy, policy, with_alpha
 from moejax.speculation import NoSpeculation
 
@@ -69,14 +72,8 @@ def capacity(share: float, experts: int, taken: int) -> int:
 
 def slots_taken(draft: moejax.Runtime, record: int) -> int:
     """Slots that the weights of a draft model would fill."""
-    size = sum(leaf.nbytes for leaf in _leaves(draft.params))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(draft.params))
     return -(-size // record)
-
-
-def _leaves(tree: Any) -> list[Any]:
-    import jax
-
-    return jax.tree.leaves(tree)
 
 
 def budgeted(made: Policy, slots: int) -> Policy:
@@ -89,8 +86,6 @@ def with_gamma(made: Policy, gamma: int) -> Policy:
     if not gamma:
         plain = dataclasses.replace(made, speculation=NoSpeculation())
         if plain.foresight.drafts:
-            from moejax.foresight import NoForesight
-
             plain = dataclasses.replace(plain, foresight=NoForesight())
         return plain
     lengths = dataclasses.replace(made.speculation.lengths, gamma=jnp.int32(gamma))
@@ -117,7 +112,8 @@ class Bench:
         slots = capacity(share, self.experts, self.taken if needs_model(made) else 0)
         if slots < self.runtime.config.top_k:
             return None
-        chosen = with_policy(self.runtime, budgeted(made, slots), self.pool)
+        made = completed(budgeted(made, slots), self.runtime)
+        chosen = with_policy(self.runtime, made, self.pool)
         return Generation(chosen, self.groups, self.new)
 
     def whole(self) -> Generation:
@@ -235,7 +231,7 @@ def lossy_rows(bench: Bench, text: Text, options: argparse.Namespace) -> list[di
         cases["lru", share, ""] = bench.generation(named("lru", bench.link), share)
         for name, alphas in options.lossy.items():
             for alpha in alphas:
-                made = _completed(with_alpha(named(name, bench.link), alpha), bench)
+                made = with_alpha(named(name, bench.link), alpha)
                 cases[name, share, alpha] = bench.generation(made, share)
     cases[resident] = bench.whole()
     found = common.in_rounds(cases, options.rounds, options.seed)
@@ -256,12 +252,6 @@ def lossy_rows(bench: Bench, text: Text, options: argparse.Namespace) -> list[di
             }
         rows.append(row)
     return rows
-
-
-def _completed(made: Policy, bench: Bench) -> Policy:
-    from moejax.drafters import completed
-
-    return completed(made, bench.runtime)
 
 
 def at_kl(rows: list[dict], names: tuple[str, ...], share: float, kl: float, key: str) -> float:

@@ -25,6 +25,7 @@ __all__ = [
     "cancel",
     "commit",
     "copy_records",
+    "drop",
     "host_begin",
     "host_end",
     "landed",
@@ -154,6 +155,16 @@ def cancel(handle: jax.Array, keep: jax.Array, after: jax.Array) -> jax.Array:
     _vector("keep", keep, jnp.bool_)
     call = _call("moejax_cancel", jax.ShapeDtypeStruct((1,), jnp.int32))
     return call(_scalar("handle", handle), keep, after)
+
+
+def drop(handle: jax.Array, slot_of: jax.Array, after: jax.Array) -> jax.Array:
+    """Forget the records, landed or queued, of experts without a slot; returns a token [1] i32.
+
+    slot_of [L * E] i32, -1 = none. Without it a landing buffer is a slot that no policy counts.
+    """
+    _vector("slot_of", slot_of, jnp.int32)
+    call = _call("moejax_drop", jax.ShapeDtypeStruct((1,), jnp.int32))
+    return call(_scalar("handle", handle), slot_of, after)
 
 
 def landed(handle: jax.Array, experts: jax.Array, after: jax.Array) -> jax.Array:

@@ -102,26 +102,31 @@ class Cycles:
         self.options = {"top": top, "record": record}
         self.greedy = bool(np.all(np.asarray(sampling.temperature) == 0))
         self.live = None
-        if hasattr(speculation.lengths, "with_costs"):
+        # Under a lossy router the length of a draft decides what becomes resident: no clocks there.
+        lengths = getattr(speculation, "lengths", None)
+        if hasattr(lengths, "with_costs") and target.policy.exact:
             self.live = live or Live()
             if self.live.known:
                 self._renew_costs()
         self.run: Speculating | None = None
         self.trace: StepTrace | None = None
-        self.gamma = 0
+        self.gamma = self.drafted = 0  # of the next cycle, and of the latest
 
     def begin(
         self, state: DecodeState, texts: Sequence[np.ndarray], seen: jax.Array | None
     ) -> None:
-        """Take over after the prompts: the texts hold what is in the KV caches, and one token more.
+        """Take over after the prompts: the texts end with what the KV caches hold, and one more.
 
         Raises:
             InputError: a draft model was not given what the KV cache holds.
         """
         room = jax.tree.leaves(state.kv)[0].shape[2] + 1
         text = np.full((len(texts), room), -1, np.int32)
-        for row, tokens in zip(text, texts, strict=True):
-            row[: len(tokens)] = tokens
+        for row, tokens, length in zip(text, texts, np.asarray(state.length), strict=True):
+            start = length + 1 - len(tokens)
+            if start < 0 or not len(tokens):
+                raise InputError(f"{len(tokens)} tokens of text for {length} in the KV cache")
+            row[start : length + 1] = tokens
         draft = None
         if self.helper is not None:
             if (text[:, 0] < 0).any():
@@ -162,7 +167,8 @@ class Cycles:
             LinkError: expert records did not arrive; no token was made.
         """
         policy = self.target.policy.speculation
-        gamma = min(self.gamma, int(np.max(np.where(active, room, 1))) - 1)
+        gamma = min(self.gamma, policy.max_length, int(np.max(np.where(active, room, 1))) - 1)
+        gamma = max(gamma, 0)
         width = width_for(gamma, policy.max_length)
         begun = time.perf_counter()
         if gamma and self.helper is not None:
@@ -185,13 +191,19 @@ class Cycles:
         if made.totals.failure:
             raise LinkError(f"status {int(made.totals.failure)}")
         self._learn(gamma, width, seconds, made, active)
+        self.drafted = gamma
         return made
+
+    def compile(self, batch: int) -> None:
+        """Run the program of every width once, on sequences of one token."""
+        for width in widths(self.target.policy.speculation.max_length):
+            self.gamma = width - 1
+            self.step(np.ones(batch, bool), np.full(batch, width))
 
     def _learn(
         self, gamma: int, width: int, seconds: float, made: Made, active: np.ndarray
     ) -> None:
         self.gamma = int(made.next_length)
-        self.stats.add_cycle(made, active, gamma)
         if self.live is None:
             return
         program = (len(active), width)

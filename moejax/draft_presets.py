@@ -25,10 +25,10 @@ def _drafting(draft: Draft, gamma: int, lengths: Lengths | None = None) -> Specu
     return Speculate(draft=draft, lengths=lengths, max_length=max(gamma, 1))
 
 
-def _live() -> LiveLength:
+def _live(gamma: int) -> LiveLength:
     start = {"plain_ms": 1.0, "fixed_ms": 0.5, "draft_ms": 0.3, "token_ms": 0.1, "miss_ms": 0.05}
     costs = CycleCosts(**{name: jnp.float32(value) for name, value in start.items()})
-    return LiveLength(costs=costs)
+    return LiveLength(costs=costs, size=max(gamma, 16))
 
 
 def specmoe(gamma: int = 5, size: int = 8, decay: float = 0.5) -> Policy:
@@ -99,7 +99,7 @@ def auto(
     if not gamma:
         return made
     draft = SelfDraft(router=SkipMissing())
-    return dataclasses.replace(made, speculation=_drafting(draft, gamma, _live()))
+    return dataclasses.replace(made, speculation=_drafting(draft, gamma, _live(gamma)))
 
 
 def auto_lossy(

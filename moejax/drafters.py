@@ -42,12 +42,13 @@ def equipped(
         raise PolicyError("this policy drafts with another model: name one as `draft`")
     if draft is None:
         return runtime
+    if not wanted:
+        raise PolicyError(f"no model drafts under this policy: leave out the draft {str(draft)!r}")
     if budgeted:
         raise PolicyError("a memory budget does not count a draft model: give slots instead")
     model = runtime.model
     other = load(draft, dtype=model.dtype, context=runtime.context, kernels=kernels)
-    if wanted:
-        other.as_helper().check(model, runtime.policy)
+    other.as_helper().check(model, runtime.policy)
     return dataclasses.replace(runtime, draft=other)
 
 

@@ -123,10 +123,11 @@ def apply(
 def draft(
     policy: Policy, store: ExpertStore, cache: ExpertCache, memory: PolicyMemory, layer: Layer
 ) -> tuple[jax.Array, ExpertCache, PolicyMemory, LayerTrace]:
-    """Mixture [N, D] f32 of what a draft's router chose among residents: nothing is waited for.
+    """Mixture [N, D] f32 of what a draft's router chose among residents: nothing is moved for it.
 
-    The evictor does not learn of it. The foresight does, and may bring in what the model will need
-    here when it verifies.
+    It waits for a resident whose record is still on its way, which is rare. The evictor does not
+    learn of it. The foresight does, and may bring in what the model will need here when it
+    verifies.
     """
     virtual = cache.pool.shape[0] == 0
     supply = Supply(policy, store, layer.index, layer.experts, virtual)
@@ -157,6 +158,9 @@ class _Work:
         overdue = jnp.zeros_like(host)
         if policy.placement.uses_host and policy.foresight.after:
             overdue = supply.overdue(shelf, fetchable & there, layer.x)
+            # Asked for again: it may have been dropped, or never asked for.
+            order = jnp.argsort(first_use(layer)).astype(jnp.int32)
+            shelf = supply.request(shelf, overdue, order, Kind.PREFETCH, layer.x)
         pending = fetchable & ~host & ~overdue
         order = jnp.argsort(first_use(layer)).astype(jnp.int32)
         plan = kernels.plan(layer.picks, layer.experts)
@@ -311,6 +315,8 @@ class _Work:
         useful = (ahead == target) & layer.valid.any() & policy.cutoff.allows(target)
         wanted, rank = (priority > 0) & useful, ranks(priority)
         shield, order = forecast.shield(memory, layer.index, self.used.needed), in_order(rank)
+        kept = window.draft_set(policy, memory)
+        shield = shield if kept is None else shield | kept
         wanted = later.within_room(shelf, wanted, rank, shield)
         keys = forecast.greatest(policy.evictor.keys(memory.evictor, target), shield)
         shelf, copies = later.find(shelf, keys, wanted, order)

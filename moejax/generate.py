@@ -186,7 +186,8 @@ class Engine:
         if self.policy is not None and self.policy.speculation.max_length:
             before = history or [np.zeros(0, np.int32)] * len(prompts)
             texts = [[*h, *p, t] for h, p, t in zip(before, prompts, pending, strict=True)]
-            yield from run.cycles(state, texts, max_new_tokens, stop_ids, finished)
+            if max_new_tokens > 1 and not finished.all():
+                yield from run.cycles(state, texts, max_new_tokens, stop_ids, finished)
             return
         for _ in range(max_new_tokens - 1):
             if finished.all():
@@ -202,6 +203,16 @@ class Engine:
                 pending[token.sequence] = token.id
             yield state, fresh
             finished |= np.isin(pending, list(stop_ids))
+
+    def compile_cycles(self, state: DecodeState, sampling: Sampling, top: int = 0) -> None:
+        """Compile the programs of all draft lengths, for the batch of a fresh state."""
+        fixed = {"model": self.model, "params": self.params, "store": self.store}
+        stats, key = Stats(record_bytes=0), jax.random.key(0)
+        target = Target(policy=self.policy, **fixed)
+        loop = Cycles(target, self.helper, stats, sampling, key, top=top, live=self.live)
+        batch = state.length.shape[0]
+        loop.begin(state, [np.zeros(1, np.int32)] * batch, None)
+        loop.compile(batch)
 
 
 class _Run:
@@ -241,7 +252,9 @@ class _Run:
         target = Target(policy=self.policy, **fixed)
         fixed = (target, engine.helper, stats, self.sampling, self.key)
         loop = Cycles(*fixed, top=self.top, live=engine.live)
+        begun = time.perf_counter()
         loop.begin(state, texts, self.seen)
+        stats.draft_prefill_seconds += time.perf_counter() - begun
         room = np.full(len(texts), max_new_tokens - 1)
         while not (finished | (room < 1)).all():
             begun = time.perf_counter()
@@ -252,6 +265,7 @@ class _Run:
                 why = self.link.last_error() if self.link else str(error)
                 raise LinkError(f"expert records did not arrive: {why}") from None
             places = [*tokens_of(made, ~active, room, stop_ids)]
+            stats.add_cycle(made, active, loop.drafted, len(places))
             if (made.bad & active).any():
                 raise NonFiniteError(NONFINITE)
             seconds = time.perf_counter() - begun

@@ -138,8 +138,13 @@ def _runnable(policy: Policy) -> Policy:
             raise PolicyError(f"{kind} is no {name}: it has no {', '.join(missing)}")
         if jax.tree_util.all_leaves([part]):
             raise PolicyError(f"{kind} is no pytree: decorate it with moejax.state.pytree")
-    if policy.foresight.drafts and not policy.speculation.max_length:
-        raise PolicyError("this policy prefetches what drafts want, but drafts nothing")
+    kind = getattr(policy.speculation.draft, "kind", None)
+    if policy.speculation.max_length and kind is None:
+        raise PolicyError("this policy speculates, but names no draft")
+    if policy.foresight.drafts and kind in (None, "lookup"):
+        raise PolicyError("this policy prefetches what drafts route to, but no model drafts")
+    if hasattr(policy.foresight, "threshold") and not hasattr(policy.evictor, "levels"):
+        raise PolicyError(f"{type(policy.evictor).__name__} has no levels: take utility.Utility")
     return policy
 
 

@@ -49,7 +49,9 @@ def _drafts(stats: Any) -> list[tuple[str, str]]:
     lengths = ", ".join(f"{n} of {g}" for g, n in sorted(stats.draft_lengths.items()))
     accepted = f"{stats.accepted} of {stats.drafted} drafted tokens accepted"
     made = f"{stats.tokens_per_step:.2f} tokens per cycle"
-    return [("speculation", f"{made}, {accepted}"), ("cycles by draft length", lengths)]
+    rows = [("speculation", f"{made}, {accepted}"), ("cycles by draft length", lengths)]
+    seconds = stats.draft_prefill_seconds
+    return [*rows, ("draft model's prompt", f"{seconds * 1e3:.1f} ms")] if seconds > 0.01 else rows
 
 
 def _hits(stats: Any) -> list[tuple[str, str]]:

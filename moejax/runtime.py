@@ -290,15 +290,25 @@ class Runtime:
         )
         for _ in steps:
             pass
+        if self.policy is not None and self.policy.speculation.max_length:
+            self.engine.compile_cycles(self.init_state(batch), sampling, logprobs)
+
+    @property
+    def _rows_alike(self) -> bool:
+        """Whether a pass over several tokens has the bits of single steps."""
+        return self.model.kernels == "native" and not self.config.latent
 
     def _fresh_stats(self) -> Stats:
         if self.store is None:
             return Stats(record_bytes=0, label=devices.exactness())
         total = self.config.num_moe_layers * self.config.num_experts
         everything = self.slots == total and self.link is None
+        label = devices.exactness()
+        if self.policy.speculation.max_length and not self._rows_alike:
+            label = "faithful"
         return Stats(
             record_bytes=self.store.layout.stride,
-            label="lossy" if not self.policy.exact else devices.exactness(),
+            label=label if self.policy.exact else "lossy",
             virtual=self.virtual or everything,
         )
 

@@ -184,9 +184,10 @@ class _DraftLoop:
         if seen is not None:
             seen = mark_seen(seen, jnp.maximum(token, 0)[:, None], active[:, None])
         state, draft, found, cost = self._step(state, draft, feed, chance, cost)
-        position = self.before + i + 1
         numbers = jnp.arange(token.shape[0], dtype=jnp.int32)
-        keys = sequence_keys(jax.random.fold_in(self.key, 1), numbers, position)
+        # By cycle, not by position: a draft that follows a rejected one is drawn anew.
+        key = jax.random.fold_in(jax.random.fold_in(self.key, 1), i)
+        keys = sequence_keys(key, numbers, self.before)
         drawn = sample(found, self.sampling, keys, seen)
         if logits is not None:
             final = processed_logits(found, self.sampling, seen)

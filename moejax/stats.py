@@ -70,6 +70,7 @@ class Stats:
     accepted: int = 0  # of those
     draft_lengths: dict[int, int] = dataclasses.field(default_factory=dict)  # cycles by gamma
     draft_prefetched: int = 0  # of `prefetched`, while drafting
+    draft_prefill_seconds: float = 0.0  # a draft model on the prompts: in no other time
     needed: int = 0  # expert uses in decode, per layer and step distinct
     hits: int = 0
     late: int = 0  # of `hits`: the expert had a slot, but its record was still to come over a link
@@ -185,13 +186,18 @@ class Stats:
         self.replaced_mass += float(totals.replaced_mass)
         self.stall_seconds += float(totals.stall) / 1e6
 
-    def add_cycle(self, made: Any, active: np.ndarray, gamma: int) -> None:
-        """Count a cycle (`speculate.Made`, on the host) of the sequences `active` [B]."""
+    def add_cycle(self, made: Any, active: np.ndarray, gamma: int, kept: int) -> None:
+        """Count a cycle (`speculate.Made`, on the host) of the sequences `active` [B].
+
+        Args:
+            gamma: its draft length.
+            kept: tokens that count, up to stops.
+        """
         self.add(made.totals, prefill=False)
         self.steps += 1
         self.row_steps += int(active.sum())
         self.drafted += int(made.drafted.sum())
-        self.accepted += int(np.maximum(made.count - 1, 0).sum())
+        self.accepted += kept - int(active.sum())
         self.draft_lengths[gamma] = self.draft_lengths.get(gamma, 0) + 1
         self.prefetched += int(made.prefetched)
         self.draft_prefetched += int(made.prefetched)

@@ -322,12 +322,16 @@ class Supply:
         return self.copy(shelf, copies, after)
 
     def forget(self, shelf: Shelf, needed: jax.Array, after: jax.Array) -> Shelf:
-        """Stop what is on its way to this layer but not `needed` [E]: the tables stay.
+        """Drop what has lost its slot, and stop what is on its way to this layer but not `needed`.
 
-        Should it be needed later, it is asked for again.
+        The tables stay: should it be needed later, it is asked for again. What a foresight brings
+        in when a layer has run is not stopped.
         """
-        predicts = self.policy.predictor.horizon or self.policy.foresight.drafts
-        if shelf.arriving is None or not predicts:
+        if shelf.arriving is None or not self.policy.looks_ahead:
+            return shelf
+        token = transport.drop(self.store.link, shelf.residency.slot_of, after)
+        shelf = dataclasses.replace(shelf, arriving=_behind(shelf.arriving, token))
+        if not (self.policy.predictor.horizon or self.policy.foresight.drafts):
             return shelf
         keep = jnp.ones(shelf.residency.slot_of.shape[0], bool)
         keep = jax.lax.dynamic_update_slice(keep, needed, (self.layer * self.experts,))

@@ -194,6 +194,17 @@ void LandingTable::cancel(const bool* keep, Stats* stats) {
   }
 }
 
+void LandingTable::drop(const int32_t* slot_of, Stats* stats) {
+  for (int32_t i = 0; i < size(); ++i) {
+    Landing& landing = landings_[i];
+    if (landing.stage == Stage::kFree || landing.claimed || slot_of[landing.expert] >= 0) continue;
+    landing.stale = true;
+    if (landing.stage == Stage::kReading) continue;
+    ++(landing.stage == Stage::kQueued ? stats->cancelled : stats->recycled);
+    release(i);
+  }
+}
+
 Store::Store(int64_t record_bytes, int32_t records, int32_t buffers, double host_us)
     : record_bytes_(record_bytes),
       records_(records),
@@ -225,6 +236,12 @@ void Store::cancel(const bool* keep) {
   std::lock_guard<std::mutex> lock(mutex_);
   advance();
   table_.cancel(keep, &stats_);
+}
+
+void Store::drop(const int32_t* slot_of) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  advance();
+  table_.drop(slot_of, &stats_);
 }
 
 void Store::landed(const int32_t* experts, int64_t count, bool* there) {

@@ -95,6 +95,7 @@ class LandingTable {
   void promote(int32_t index);
   void release(int32_t index);
   void cancel(const bool* keep, Stats* stats);
+  void drop(const int32_t* slot_of, Stats* stats);
 
   Landing& operator[](int32_t index) { return landings_[index]; }
   int32_t queued() const { return queued_; }
@@ -109,7 +110,7 @@ class LandingTable {
   int64_t next_order_ = 0;
 };
 
-// Thread-safe. `request`, `cancel` and `landed` never wait for the link.
+// Thread-safe. `request`, `cancel`, `drop` and `landed` never wait for the link.
 class Store {
  public:
   Store(int64_t record_bytes, int32_t records, int32_t buffers, double host_us = 0);
@@ -117,6 +118,8 @@ class Store {
 
   void request(const int32_t* experts, int32_t count, Kind kind);
   void cancel(const bool* keep);
+  // Forgets, landed or queued, the records of experts without a slot (-1).
+  void drop(const int32_t* slot_of);
   // Which records wait in landing buffers, so that a commit would not wait for them.
   void landed(const int32_t* experts, int64_t count, bool* there);
   // Fills every slot with its record, read now if need be; with zeros where that fails.

@@ -213,6 +213,17 @@ ffi::Error cancel(Int handle, Bools keep, ffi::AnyBuffer, Result<Ints> token) {
   return ffi::Error::Success();
 }
 
+ffi::Error drop(Int handle, Ints slot_of, ffi::AnyBuffer, Result<Ints> token) {
+  const auto store = find_store(handle.typed_data()[0]);
+  token->typed_data()[0] = store ? kNone : kNoStore;
+  if (store && store->records() != static_cast<int64_t>(slot_of.element_count())) {
+    token->typed_data()[0] = kBadRequest;
+  } else if (store) {
+    store->drop(slot_of.typed_data());
+  }
+  return ffi::Error::Success();
+}
+
 ffi::Error landed(Int handle, Ints experts, ffi::AnyBuffer, Result<Bools> there) {
   const auto store = find_store(handle.typed_data()[0]);
   std::fill_n(there->typed_data(), there->element_count(), false);
@@ -305,6 +316,9 @@ MOEJAX_HANDLER(moejax_request, moejax::request,
 
 MOEJAX_HANDLER(moejax_cancel, moejax::cancel,
                ffi::Ffi::Bind().Arg<Int>().Arg<Bools>().Arg<ffi::AnyBuffer>().Ret<Ints>());
+
+MOEJAX_HANDLER(moejax_drop, moejax::drop,
+               ffi::Ffi::Bind().Arg<Int>().Arg<Ints>().Arg<ffi::AnyBuffer>().Ret<Ints>());
 
 MOEJAX_HANDLER(moejax_landed, moejax::landed,
                ffi::Ffi::Bind().Arg<Int>().Arg<Ints>().Arg<ffi::AnyBuffer>().Ret<Bools>());
