@@ -112,7 +112,7 @@ def auto_lossy(
 ) -> Policy:
     """The same, and experts are replaced where that costs less than alpha of loss per ms."""
     made = dataclasses.replace(auto(gamma, decay, load, host, rate), must_be_exact=False)
-    router = Priced(alpha=jnp.float32(alpha), costs=made.placement.costs, kappa=None)
+    router = Priced(alpha=jnp.float32(alpha), costs=made.placement.costs)
     return dataclasses.replace(made, router=router)
 
 

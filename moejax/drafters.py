@@ -53,14 +53,7 @@ def equipped(
 
 
 def completed(policy: Policy, runtime: Any) -> Policy:
-    """The policy, with what it has to know of the model.
-
-    That is the distances between experts, if its drafts go by them, and for prices without a kappa
-    of their own one that is the same in every layer.
-    """
-    if getattr(policy.router, "kappa", runtime) is None:
-        kappa = jnp.ones(runtime.config.num_moe_layers, jnp.float32)
-        policy = dataclasses.replace(policy, router=dataclasses.replace(policy.router, kappa=kappa))
+    """The policy, with the distances between the model's experts if its drafts go by them."""
     speculation = policy.speculation
     router = getattr(speculation.draft, "router", None)
     if router is None or not hasattr(router, "distance") or router.distance is not None:

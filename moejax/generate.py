@@ -186,8 +186,7 @@ class Engine:
         if self.policy is not None and self.policy.speculation.max_length:
             before = history or [np.zeros(0, np.int32)] * len(prompts)
             texts = [[*h, *p, t] for h, p, t in zip(before, prompts, pending, strict=True)]
-            if max_new_tokens > 1 and not finished.all():
-                yield from run.cycles(state, texts, max_new_tokens, stop_ids, finished)
+            yield from run.cycles(state, texts, max_new_tokens, stop_ids, finished)
             return
         for _ in range(max_new_tokens - 1):
             if finished.all():
@@ -247,6 +246,8 @@ class _Run:
         finished: np.ndarray,
     ) -> Iterator[tuple[DecodeState, list[Token]]]:
         """Speculative cycles; one token of each sequence has been made."""
+        if max_new_tokens < 2 or finished.all():
+            return
         engine, stats = self.engine, self.stats
         fixed = {"model": engine.model, "params": engine.params, "store": engine.store}
         target = Target(policy=self.policy, **fixed)

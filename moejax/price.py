@@ -140,7 +140,7 @@ class Priced(Lossy):
 
     alpha: jax.Array | float
     costs: Costs
-    kappa: jax.Array  # [L] f32, see `moejax.value.fit_kappa`
+    kappa: jax.Array | None = None  # [L] f32, see `moejax.value.fit_kappa`; None = 1 everywhere
     decay: jax.Array | float = 0.9  # of the average softmax
     reach: int = static(default=3)
     reuse: bool = static(default=True)
@@ -179,7 +179,8 @@ class Priced(Lossy):
         missing = self._missing(exact, absent, square[:, :k], rho)
         hits = jnp.zeros_like(seen.resident).at[exact].max(there[:, :k] & seen.valid[:, None])
         start = _Clocks.start(self.costs, hits.sum(dtype=jnp.int32))
-        done = self._walk(self.kappa[seen.layer], missing, candidates, start)
+        kappa = 1.0 if self.kappa is None else self.kappa[seen.layer]
+        done = self._walk(kappa, missing, candidates, start)
         replaced = absent & done.replaced[exact]
         used = _filled(exact, chosen, replaced, candidates, done.open)
         return rerouted(seen, (exact, chosen), used), memory
@@ -201,7 +202,7 @@ class Priced(Lossy):
         )
 
     def _walk(
-        self, kappa: jax.Array, missing: _Missing, candidates: _Candidates, clocks: _Clocks
+        self, kappa: jax.Array | float, missing: _Missing, candidates: _Candidates, clocks: _Clocks
     ) -> _Progress:
         """Decide over all missing experts, one after the other."""
         number = jnp.arange(missing.tokens.shape[0], dtype=jnp.int32)
