@@ -12,12 +12,14 @@ from moejax.lengths import CycleCosts, FixedLength, Lengths, LiveLength
 from moejax.pinning import DraftSet
 from moejax.placement import HostAll
 from moejax.policy import Policy
-from moejax.prediction import MANY, LastLayer
+from moejax.prediction import LastLayer
 from moejax.preset_parts import exact, window_of
 from moejax.price import Costs, Priced, PricedPlacement
 from moejax.speculation import Draft, LookupDraft, ModelDraft, SelfDraft, Speculate
 from moejax.utility import Utility
 from moejax.value import Value
+
+ALL = 2**30  # experts of a token, or layers: no limit
 
 
 def _drafting(draft: Draft, gamma: int, lengths: Lengths | None = None) -> Speculate:
@@ -57,7 +59,7 @@ def lookup(gamma: int = 4, least: int = 2) -> Policy:
     return exact(LRU(), speculation=_drafting(LookupDraft(least=jnp.int32(least)), gamma))
 
 
-def moe_speq(gamma: int = 4, limit: int = MANY) -> Policy:
+def moe_speq(gamma: int = 4, limit: int = ALL) -> Policy:
     """Drafts by int4 copies of all experts, whose routing is prefetched (arXiv 2511.14102)."""
     return exact(
         LRU(),
@@ -66,7 +68,7 @@ def moe_speq(gamma: int = 4, limit: int = MANY) -> Policy:
     )
 
 
-def sp_moe(gamma: int = 4, limit: int = MANY, cutoff: int = MANY) -> Policy:
+def sp_moe(gamma: int = 4, limit: int = ALL, cutoff: int = ALL) -> Policy:
     """SP-MoE: a draft model's attention outputs through the gates, up to layer `cutoff`; LRU."""
     return exact(
         LRU(),
@@ -76,7 +78,7 @@ def sp_moe(gamma: int = 4, limit: int = MANY, cutoff: int = MANY) -> Policy:
     )
 
 
-def sp_moe_self(gamma: int = 2, limit: int = MANY, cutoff: int = MANY, window: int = 32) -> Policy:
+def sp_moe_self(gamma: int = 2, limit: int = ALL, cutoff: int = ALL, window: int = 32) -> Policy:
     """SP-MoE fed by the self-draft, whose own routing is the prediction."""
     made = self_draft(gamma, window)
     return dataclasses.replace(
