@@ -13,7 +13,7 @@ from moejax.kernels.transport import Kind
 from moejax.placement import Demand
 from moejax.policy import Policy
 from moejax.prediction import Ahead, View, in_order, ranks
-from moejax.routing import Routing
+from moejax.routing import Routing, eligible_scores
 from moejax.state import ExpertCache, ExpertStore, PolicyMemory, pytree, static
 from moejax.supply import Moved, Shelf, Supply, layer_slots
 
@@ -31,6 +31,7 @@ class Layer:
     valid: jax.Array  # [N] bool
     chance: jax.Array | None = None  # [N] f32, of drafts: see `foresight.Glimpse`
     prefill: bool = static(default=False)
+    rule: Any = static(default=None)  # the router's, for drafts
 
     @property
     def experts(self) -> int:
@@ -155,26 +156,25 @@ class _Work:
         low = jnp.zeros_like(there) if layer.routing.low is None else layer.routing.low
         fetchable = used.needed & ~low
         host = self._host(fetchable & ~there, fetchable & there)
+        order = jnp.argsort(first_use(layer)).astype(jnp.int32)
         overdue = jnp.zeros_like(host)
         if policy.placement.uses_host and policy.foresight.after:
             overdue = supply.overdue(shelf, fetchable & there, layer.x)
             # Asked for again: it may have been dropped, or never asked for.
-            order = jnp.argsort(first_use(layer)).astype(jnp.int32)
             shelf = supply.request(shelf, overdue, order, Kind.PREFETCH, layer.x)
-        pending = fetchable & ~host & ~overdue
-        order = jnp.argsort(first_use(layer)).astype(jnp.int32)
+        pending = fetchable & ~host
         plan = kernels.plan(layer.picks, layer.experts)
         rows = kernels.empty_rows(plan, layer.x.shape[1])
         memory, account = forecast.resolve(memory, layer.index, used.needed, there)
         keys = forecast.protected(memory, policy.evictor.keys(memory.evictor, layer.index))
         pinned = window.draft_set(policy, memory)
         shelf = supply.forget(shelf, used.needed, layer.x)
-        shelf = supply.request(shelf, pending, order, Kind.DEMAND, layer.x)
+        shelf = supply.request(shelf, pending & ~overdue, order, Kind.DEMAND, layer.x)
         rows = self._from_copies(low, plan, rows)
         moved, prefetched = Moved.none(), jnp.int32(0)
         if policy.predictor.horizon and not (layer.prefill and policy.predictor.attends):
             ready = pending & there & ~account.fresh
-            shelf, rows, _, cost = supply.compute(shelf, None, ready, plan, layer.x, rows)
+            shelf, rows, _, cost = supply.compute(shelf, None, ready, plan, layer.x, rows, overdue)
             shelf, copies = supply.find(shelf, keys, pending, order, pinned)
             pending = pending & ~ready
             moved = moved.add(copies.count, *cost)
@@ -182,7 +182,7 @@ class _Work:
             shelf = supply.copy(shelf, copies, rows)
         if policy.placement.uses_host:
             rows = supply.on_host(shelf, host | overdue, plan, layer.x, rows)
-        choice = (keys, order, pinned)
+        choice = (keys, order, pinned, overdue)
         shelf, rows, moved, passes = self._rest(shelf, choice, pending, plan, rows, moved)
         if policy.foresight.after and not layer.prefill:
             shelf, memory, count = self._bring(shelf, memory, rows, fetchable & ~there)
@@ -228,7 +228,7 @@ class _Work:
             self.supply,
             shelf,
             memory,
-            layer.scores,
+            layer.scores if layer.rule is None else eligible_scores(layer.rule, layer.scores),
             layer.valid,
             layer.picks.shape[1],
             chance=layer.chance,
@@ -257,7 +257,7 @@ class _Work:
     def _rest(
         self,
         shelf: Shelf,
-        choice: tuple[jax.Array, jax.Array, jax.Array | None],
+        choice: tuple[jax.Array, jax.Array, jax.Array | None, jax.Array],
         pending: jax.Array,
         plan: Any,
         rows: jax.Array,
@@ -266,14 +266,14 @@ class _Work:
         """Run the experts `pending`, in as many passes over the slots as it takes.
 
         Args:
-            choice: the evictor's keys, who comes first, and who is pinned.
+            choice: the evictor's keys, who comes first, who is pinned, and who runs on the host.
         """
-        supply, x, (keys, order, pinned) = self.supply, self.layer.x, choice
+        supply, x, (keys, order, pinned, overdue) = self.supply, self.layer.x, choice
 
         def one_pass(carry: tuple) -> tuple:
             pending, shelf, rows, moved, passes = carry
             shelf, copies = supply.find(shelf, keys, pending, order, pinned)
-            shelf, rows, ran, cost = supply.compute(shelf, copies, pending, plan, x, rows)
+            shelf, rows, ran, cost = supply.compute(shelf, copies, pending, plan, x, rows, overdue)
             return pending & ~ran, shelf, rows, moved.add(copies.count, *cost), passes + 1
 
         start = (pending, shelf, rows, moved, jnp.int32(0))

@@ -143,7 +143,7 @@ class Promote(_Stateless):
         saved = jnp.minimum(memory.records + more, self.most)
         mine, other = glimpse.keys[:, None], glimpse.keys[None, :]
         order = (other < mine).sum(axis=1)
-        priority = jnp.where(glimpse.missed, 1.0 + order, 0.0)
+        priority = jnp.where(glimpse.missed & ~glimpse.resident, 1.0 + order, 0.0)
         memory = dataclasses.replace(memory, records=saved)
         return best(priority, jnp.floor(saved).astype(jnp.int32)), memory
 

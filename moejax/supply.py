@@ -242,11 +242,13 @@ class Supply:
         plan: Any,
         x: jax.Array,
         rows: jax.Array,
+        elsewhere: jax.Array | None = None,
     ) -> tuple[Shelf, jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
         """Run those of the experts `pending` [E] that have a slot, once their records are there.
 
         Args:
             copies: what to copy into slots before, None = nothing.
+            elsewhere: [E] of them, those that are computed elsewhere and only keep their slots.
 
         Returns:
             The shelf, the rows, which experts ran [E], and (stall, failure) of this pass.
@@ -254,7 +256,9 @@ class Supply:
         slots = self.slots(shelf.residency)
         run = pending & (slots >= 0)
         if shelf.arriving is not None:
-            return self._compute_over_link(shelf, slots, run, plan, x, rows)
+            here = run if elsewhere is None else run & ~elsewhere
+            shelf, rows, _, cost = self._compute_over_link(shelf, slots, here, plan, x, rows)
+            return shelf, rows, run, cost
         if copies is not None:
             shelf = self.copy(shelf, copies, rows)
         shelf, rows = self._run(shelf, run, plan, x, rows)

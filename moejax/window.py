@@ -1,7 +1,6 @@
 """What a step does for the next one: drafts from residents, and experts brought in ahead."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -125,9 +124,10 @@ def _brought(
     if kept is not None:
         shield = shield | kept
     keys = policy.evictor.keys(memory.evictor, supply.layer)
-    if foresight.gains:
-        wanted &= seen.resident | (seen.keys > _least(supply, shelf, keys, shield))
     rank = ranks(jnp.where(wanted, priority, 0.0))
+    if foresight.gains:
+        wanted = _gaining(supply, shelf, keys, shield, seen, wanted, rank)
+        rank = ranks(jnp.where(wanted, priority, 0.0))
     order = in_order(rank)
     wanted = supply.within_room(shelf, wanted, rank, shield)
     shelf, copies = supply.find(shelf, forecast.greatest(keys, shield), wanted, order)
@@ -146,17 +146,22 @@ def _brought(
     return shelf, dataclasses.replace(memory, foresight=spent), copies.count
 
 
-def _least(supply: Supply, shelf: Shelf, keys: jax.Array, shield: jax.Array) -> Any:
-    """The key of who would leave first; less than any if a slot is empty."""
+def _gaining(
+    supply: Supply,
+    shelf: Shelf,
+    keys: jax.Array,
+    shield: jax.Array,
+    seen: Glimpse,
+    wanted: jax.Array,
+    rank: jax.Array,
+) -> jax.Array:
+    """[E] those wanted that are there, or worth more than who leaves for them."""
     residency = shelf.residency
     capacity = tables.usable(residency, supply.experts, supply.policy.capacity)
-    none = jnp.zeros(supply.experts, bool)
-    free = tables.evictable(residency, supply.layer, none, capacity)
-    owner = residency.owner
-    empty = (free & (owner < 0)).any()
-    owner = jnp.maximum(owner, 0)
-    keys = forecast.greatest(keys, shield)[owner]
-    floating = jnp.issubdtype(keys.dtype, jnp.floating)
-    most = jnp.inf if floating else jnp.iinfo(keys.dtype).max
-    fewest = -jnp.inf if floating else jnp.iinfo(keys.dtype).min
-    return jnp.where(empty, fewest, jnp.where(free, keys, most).min())
+    free = tables.evictable(residency, supply.layer, wanted & seen.resident, capacity)
+    owner = jnp.maximum(residency.owner, 0)
+    worth = forecast.greatest(keys, shield)[owner]
+    less = (residency.owner < 0) | (~shield[owner] & (worth < seen.keys[:, None]))
+    absent = wanted & ~seen.resident
+    before = (absent & (rank < rank[:, None])).sum(axis=1)
+    return wanted & (seen.resident | (before < (free & less).sum(axis=1)))

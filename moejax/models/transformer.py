@@ -332,6 +332,7 @@ def _routed(
         valid=valid,
         chance=how.chance,
         prefill=how.prefill,
+        rule=config.router,
     )
     return layer, dataclasses.replace(memory, router=remembered)
 
