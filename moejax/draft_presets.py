@@ -92,7 +92,9 @@ def auto(
     gamma: int = 3, decay: float = 0.9, load: float = 3.0, host: float = 1.0, rate: float = 3.0
 ) -> Policy:
     """Ours: whatever is predicted to cost least, for every miss, every slot and every draft."""
-    costs = Costs(load=jnp.float32(load), host0=jnp.float32(host), device=jnp.float32(load / 30))
+    # All as arrays: live costs would otherwise change their types, and recompile.
+    numbers = {"load": load, "host0": host, "host1": 0.0, "device": load / 30, "horizon": 0.0}
+    costs = Costs(**{name: jnp.float32(number) for name, number in numbers.items()})
     made = exact(
         Value(decay=jnp.float32(decay)),
         placement=PricedPlacement(costs=costs),
