@@ -5,6 +5,7 @@ token; every repetition starts from a fresh state, so an expert cache starts emp
 engine that `generate` runs, and its clocks.
 """
 
+import copy
 import csv
 import dataclasses
 import io
@@ -88,7 +89,7 @@ def run_once(runtime: Runtime, test: Test, ids: np.ndarray) -> Sample:
     )
     prefill = None
     for _, drawn in steps:
-        prefill = prefill or dataclasses.replace(stats)
+        prefill = prefill or copy.deepcopy(stats)
         for token in drawn:
             tokens[token.sequence].append(token.id)
     seconds = stats.decode_seconds if stats.steps else stats.ttft

@@ -203,14 +203,16 @@ class Engine:
             yield state, fresh
             finished |= np.isin(pending, list(stop_ids))
 
-    def compile_cycles(self, state: DecodeState, sampling: Sampling, top: int = 0) -> None:
+    def compile_cycles(
+        self, state: DecodeState, sampling: Sampling, seen: jax.Array | None, top: int = 0
+    ) -> None:
         """Compile the programs of all draft lengths, for the batch of a fresh state."""
         fixed = {"model": self.model, "params": self.params, "store": self.store}
         stats, key = Stats(record_bytes=0), jax.random.key(0)
         target = Target(policy=self.policy, **fixed)
         loop = Cycles(target, self.helper, stats, sampling, key, top=top, live=self.live)
         batch = state.length.shape[0]
-        loop.begin(state, [np.zeros(1, np.int32)] * batch, None)
+        loop.begin(state, [np.zeros(1, np.int32)] * batch, seen)
         loop.compile(batch)
 
 

@@ -291,7 +291,8 @@ class Runtime:
         for _ in steps:
             pass
         if self.policy is not None and self.policy.speculation.max_length:
-            self.engine.compile_cycles(self.init_state(batch), sampling, logprobs)
+            seen = self._seen(sampling, batch, None)
+            self.engine.compile_cycles(self.init_state(batch), sampling, seen, logprobs)
 
     @property
     def _rows_alike(self) -> bool:

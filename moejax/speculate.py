@@ -60,6 +60,11 @@ class Speculating:
     text: jax.Array  # [B, C + 1] i32, the tokens in the KV cache, then the pending one
     seen: jax.Array | None  # [B, V] bool, for the repetition penalty
 
+    @property
+    def pending(self) -> jax.Array:
+        """[B, 1] i32, the token of each sequence that was made last, and not fed yet."""
+        return jnp.take_along_axis(self.text, self.state.length[:, None], axis=1)
+
 
 @pytree
 class Drafted:
@@ -149,8 +154,7 @@ class _DraftLoop:
         batch, vocabulary = self.before.shape[0], self.target.model.config.vocab_size
         shape = (batch, self.width - 1)
         logits = None if self.greedy else jnp.zeros((*shape, vocabulary), jnp.float32)
-        pending = jnp.take_along_axis(run.text, self.before[:, None], axis=1)
-        zero = jnp.int32(0)
+        pending, zero = run.pending, jnp.int32(0)
         carry = (
             *(run.state, run.draft, run.seen, pending[:, 0]),
             *(jnp.zeros(shape, jnp.int32), logits, jnp.ones(batch, jnp.float32)),
@@ -161,8 +165,8 @@ class _DraftLoop:
         else:
             last = jnp.take_along_axis(run.text, jnp.maximum(self.before - 1, 0)[:, None], axis=1)
             behind = (run.draft.length < self.before)[:, None]
-            first = jnp.where(behind, jnp.concatenate([last, pending], 1), -1)
-            first = jnp.where(behind, first, jnp.concatenate([pending, first[:, 1:]], 1))
+            rows = [last, pending], [pending, jnp.full_like(pending, -1)]
+            first = jnp.where(behind, *(jnp.concatenate(row, axis=1) for row in rows))
             carry = self._one(first, jnp.int32(0), carry)
             carry = jax.lax.fori_loop(1, gamma, functools.partial(self._one, None), carry)
         state, draft, _, _, token, logits, _, (prefetched, stall, failure) = carry
@@ -247,11 +251,9 @@ def verify(
     Returns:
         The state, whose lengths count all of them, logits [B, W, V] after each, and the trace.
     """
-    before = run.state.length
-    pending = jnp.take_along_axis(run.text, before[:, None], axis=1)
     places = jnp.arange(drafted.token.shape[1])
     tokens = jnp.where(places < drafted.count[:, None], drafted.token, -1)
-    tokens = jnp.where(active[:, None], jnp.concatenate([pending, tokens], axis=1), -1)
+    tokens = jnp.where(active[:, None], jnp.concatenate([run.pending, tokens], axis=1), -1)
     fixed = (target.model, target.policy, target.params, target.store)
     state, out = step(*fixed, run.state, tokens, all_logits=True, prefill=False, scores=scores)
     return dataclasses.replace(run, state=state), out.logits, out.trace
@@ -291,12 +293,11 @@ def cycle(
     Returns:
         The run, a packed `Made`, and the trace or None.
     """
-    before = run.state.length
+    before, pending = run.state.length, run.pending
     limit = jnp.where(active, limit, 0)
     options = {"width": width, "greedy": greedy}
     run, drafted = propose(target, helper, run, gamma, limit, sampling, key, **options)
     run, logits, trace = verify(target, run, drafted, active, scores=record)
-    pending = jnp.take_along_axis(run.text, before[:, None], axis=1)
     fed = jnp.concatenate([pending, drafted.token], axis=1)
     accepted, token = _accepted(
         logits, fed, drafted, run.seen, sampling, key, before, greedy=greedy

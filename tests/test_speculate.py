@@ -403,7 +403,7 @@ def test_what_cannot_be_combined_is_refused():
         policy(dataclasses.replace(policy("lru"), foresight=DraftRouting()))
     with pytest.raises(PolicyError, match="but no model drafts"):
         policy(drafting(LookupDraft(), 2, foresight=DraftRouting()))
-    with pytest.raises(PolicyError, match="has no levels"):
+    with pytest.raises(PolicyError, match="has no queue"):
         policy(drafting(SELF, 2, foresight=UtilityQueue()))
     with pytest.raises(PolicyError, match="leave out the draft"):
         moejax.load("tiny", slots=76, draft="tiny-draft")
@@ -448,13 +448,15 @@ def test_a_state_goes_on_without_its_history(kind):
 
 
 @needs_native
-def test_warming_up_compiles_every_draft_length():
+@pytest.mark.parametrize("penalty", [1.0, 1.2])
+def test_warming_up_compiles_every_draft_length(penalty):
+    sampling = GREEDY | {"repetition_penalty": penalty}
     runtime = dataclasses.replace(tiny(144), policy=drafting(SELF, 2, longest=4))
     speculate.cycle.clear_cache()
-    runtime.warm_up(sampling=GREEDY)
+    runtime.warm_up(sampling=sampling)
     compiled = speculate.cycle._cache_size()
     assert compiled == len(widths(4))
-    runtime.generate(texts(1), 30, GREEDY)
+    runtime.generate(texts(1), 30, sampling)
     assert speculate.cycle._cache_size() == compiled
 
 

@@ -134,10 +134,27 @@ class Decoder(nn.Module):
         Returns:
             The state, and how many records were given slots, [] i32.
         """
+        config, weights = self.config, self._weights()
+        virtual = state.experts.pool.shape[0] == 0
+        own_norm = policy.foresight.norm == "target"
+
+        def one(carry: tuple, at: tuple) -> tuple:
+            (cache, memory), (layer, index) = carry, at
+            x = hidden[layer]
+            if own_norm:
+                x = rms_norm(x, weights["norms"]["post"].at(layer), config.norm_eps)
+            scores = eligible_scores(config.router, _router(weights, x, index))
+            supply = Supply(policy, store, index, config.num_experts, virtual)
+            shelf = supply.open(cache)
+            seen = window.glimpse(supply, shelf, memory, scores, valid, config.top_k, chance=chance)
+            shelf, memory, count = window.bring(supply, shelf, memory, seen, x)
+            return (supply.close(cache, shelf), memory), count
+
+        layers = jnp.asarray(config.moe_layers, jnp.int32)
+        places = (layers, jnp.arange(len(layers), dtype=jnp.int32))
         with kernels.using(self.kernels):
-            return _foreseen(
-                self.config, self._weights(), policy, store, state, hidden, valid, chance
-            )
+            (cache, memory), counts = jax.lax.scan(one, (state.experts, state.policy), places)
+        return dataclasses.replace(state, experts=cache, policy=memory), counts.sum()
 
     def _run(
         self,
@@ -337,47 +354,17 @@ def _routed(
     return layer, dataclasses.replace(memory, router=remembered)
 
 
-def _foreseen(
-    config: ModelConfig,
-    weights: dict[str, Weights],
-    policy: Policy,
-    store: ExpertStore,
-    state: DecodeState,
-    hidden: jax.Array,
-    valid: jax.Array,
-    chance: jax.Array,
-) -> tuple[DecodeState, jax.Array]:
-    virtual = state.experts.pool.shape[0] == 0
-    own_norm = policy.foresight.norm == "target"
-
-    def one(carry: tuple, at: tuple) -> tuple:
-        (cache, memory), (layer, index) = carry, at
-        x = hidden[layer]
-        if own_norm:
-            x = rms_norm(x, weights["norms"]["post"].at(layer), config.norm_eps)
-        scores = eligible_scores(config.router, _router(weights, x, index))
-        supply = Supply(policy, store, index, config.num_experts, virtual)
-        shelf = supply.open(cache)
-        seen = window.glimpse(supply, shelf, memory, scores, valid, config.top_k, chance=chance)
-        shelf, memory, count = window.bring(supply, shelf, memory, seen, x)
-        return (supply.close(cache, shelf), memory), count
-
-    layers = np.asarray(config.moe_layers, np.int32)
-    places = (jnp.asarray(layers), jnp.arange(len(layers), dtype=jnp.int32))
-    (cache, memory), counts = jax.lax.scan(one, (state.experts, state.policy), places)
-    return dataclasses.replace(state, experts=cache, policy=memory), counts.sum()
-
-
 def _trace(layer: expert_layer.Layer, counts: Any, how: _How) -> StepTrace:
     routing, valid = layer.routing, layer.valid
     fields = {name: getattr(counts, name) for name in array_fields(expert_layer.LayerTrace)}
-    forecast = fields.pop("forecast")
+    if not how.scores:
+        fields |= dict.fromkeys(("forecast", "resident", "fresh", "hosted", "lowered"))
     return StepTrace(
         picks=layer.picks,
         weights=jnp.where(valid[:, None], routing.weight, 0.0),
         replaced_mass=jnp.where(valid, routing.replaced_mass, 0.0).sum(),
         scores=layer.scores if how.scores else None,
-        forecast=forecast if how.scores else None,
+        exact=jnp.where(valid[:, None], routing.exact, -1) if how.scores else None,
         **fields,
     )
 
