@@ -34,6 +34,14 @@ class Glimpse:
     slots: jax.Array  # [] i32, in use
     valid: jax.Array  # [N] bool
     top_k: int = static()
+    drafting: bool = static(default=False)
+
+    def expected(self, limit: jax.Array | int) -> jax.Array:
+        """[E] f32 greatest chance times score that a token gives, 0 beyond its `limit` best."""
+        chosen, expert = jax.lax.top_k(self.scores, self.top_k)
+        critical = (jnp.arange(self.top_k) < limit) & self.valid[:, None]
+        value = jnp.where(critical, chosen * self.chance[:, None], 0.0)
+        return jnp.zeros(self.missed.shape, jnp.float32).at[expert].max(value)
 
 
 class Foresight(Protocol):
@@ -41,7 +49,7 @@ class Foresight(Protocol):
 
     drafts: bool  # static: asked in every layer of a draft
     after: bool  # static: asked in every layer of a step that has run
-    gains: bool  # static: only experts whose key is above that of who would leave
+    gains: bool  # static: only experts that are worth more than the key of who would leave
 
     def init(self, num_layers: int, num_experts: int) -> Any:
         """Memory of a fresh foresight."""
@@ -51,8 +59,16 @@ class Foresight(Protocol):
         """[E] f32 priority of the layer's experts, 0 or less = not wanted; also the new memory."""
         ...
 
+    def worth(self, glimpse: Glimpse) -> jax.Array:
+        """[E] what experts are worth if it `gains`, in the unit of the evictor's keys."""
+        ...
+
     def spent(self, memory: Any, count: jax.Array) -> Any:
         """Memory after `count` [] i32 records were given slots."""
+        ...
+
+    def drained(self, evictor: Any, memory: Any) -> Any:
+        """The evictor's memory when it is asked: what it keeps from being wanted twice."""
         ...
 
 
@@ -67,9 +83,18 @@ class _Stateless:
         """Nothing to remember."""
         del num_layers, num_experts
 
+    def worth(self, glimpse: Glimpse) -> jax.Array:
+        """The evictor's keys."""
+        return glimpse.keys
+
     def spent(self, memory: None, count: jax.Array) -> None:
         """Nothing to remember."""
         del memory, count
+
+    def drained(self, evictor: Any, memory: Any) -> Any:
+        """As it is."""
+        del evictor
+        return memory
 
 
 @pytree
@@ -98,11 +123,7 @@ class DraftRouting(_Stateless):
 
     def wanted(self, memory: None, glimpse: Glimpse) -> tuple[jax.Array, None]:
         """Chance times score, of critical experts."""
-        chosen, expert = jax.lax.top_k(glimpse.scores, glimpse.top_k)
-        critical = (jnp.arange(glimpse.top_k) < self.limit) & glimpse.valid[:, None]
-        value = jnp.where(critical, chosen * glimpse.chance[:, None], 0.0)
-        none = jnp.zeros(glimpse.missed.shape, jnp.float32)
-        return none.at[expert].max(value), memory
+        return glimpse.expected(self.limit), memory
 
 
 @pytree
@@ -153,6 +174,34 @@ class Promote(_Stateless):
 
 
 @pytree
+class Lookahead(Promote):
+    """`Promote`, and while drafting what the drafts route to, from the same savings.
+
+    Worth is then the greatest score that a drafted token gives an expert, times the chance that it
+    will be kept, or the evictor's key if that is more: for `Value`, whose keys are averages of
+    such scores.
+    """
+
+    drafts = True
+
+    limit: jax.Array | int = MANY  # experts per layer and token, at most the model's top-k
+    norm: str = static(default="target")  # see `DraftRouting`
+
+    def wanted(self, memory: Savings, glimpse: Glimpse) -> tuple[jax.Array, Savings]:
+        """In a draft, what it routes to and is absent, as many as there is time."""
+        if not glimpse.drafting:
+            return Promote.wanted(self, memory, glimpse)
+        priority = jnp.where(glimpse.resident, 0.0, glimpse.expected(self.limit))
+        return best(priority, jnp.floor(memory.records).astype(jnp.int32)), memory
+
+    def worth(self, glimpse: Glimpse) -> jax.Array:
+        """Chance times score, or the key."""
+        if not glimpse.drafting:
+            return glimpse.keys
+        return jnp.maximum(glimpse.keys, glimpse.expected(self.limit))
+
+
+@pytree
 class UtilityQueue(_Stateless):
     """Experts of a utility level of at least `threshold`, the highest level first.
 
@@ -174,3 +223,7 @@ class UtilityQueue(_Stateless):
             balanced = balance(glimpse.work, self.costs, MAX_CAP, glimpse.slots)
             threshold = jnp.maximum(threshold, balanced.threshold)
         return jnp.where(level >= threshold, level, 0).astype(jnp.float32), memory
+
+    def drained(self, evictor: Any, memory: Any) -> Any:
+        """What is in the queue has its place again, whether it is there or comes now."""
+        return evictor.drain(memory, self.threshold)

@@ -124,7 +124,7 @@ PARTS = {
     "placement": ("uses_host", "fetch"),
     "predictor": ("horizon", "attends", "init", "observe", "wanted"),
     "cutoff": ("allows",),
-    "foresight": ("drafts", "after", "gains", "init", "wanted", "spent"),
+    "foresight": ("drafts", "after", "gains", "init", "wanted", "worth", "spent", "drained"),
     "speculation": ("max_length", "draft", "init", "length", "observe"),
 }
 
@@ -143,8 +143,9 @@ def _runnable(policy: Policy) -> Policy:
         raise PolicyError("this policy speculates, but names no draft")
     if policy.foresight.drafts and kind in (None, "lookup"):
         raise PolicyError("this policy prefetches what drafts route to, but no model drafts")
-    if hasattr(policy.foresight, "threshold") and not hasattr(policy.evictor, "levels"):
-        raise PolicyError(f"{type(policy.evictor).__name__} has no levels: take utility.Utility")
+    needed = hasattr(policy.foresight, "threshold") and ("levels", "drain") or ()
+    if not all(hasattr(policy.evictor, name) for name in needed):
+        raise PolicyError(f"{type(policy.evictor).__name__} has no queue: take utility.Utility")
     return policy
 
 

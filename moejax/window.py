@@ -80,6 +80,7 @@ def glimpse(
         slots=tables.usable(shelf.residency, supply.experts, policy.capacity),
         valid=valid,
         top_k=top_k,
+        drafting=used is None,
     )
 
 
@@ -92,10 +93,8 @@ def bring(
     exist before records are asked for.
     """
     policy, foresight = supply.policy, supply.policy.foresight
-    if hasattr(policy.evictor, "drain") and hasattr(foresight, "threshold"):
-        # what is in the queue has its place again, whether it is there or comes now
-        drained = policy.evictor.drain(memory.evictor, foresight.threshold)
-        memory = dataclasses.replace(memory, evictor=drained)
+    drained = foresight.drained(policy.evictor, memory.evictor)
+    memory = dataclasses.replace(memory, evictor=drained)
     priority, remembered = foresight.wanted(memory.foresight, seen)
     memory = dataclasses.replace(memory, foresight=remembered)
     wanted = (priority > 0) & policy.cutoff.allows(supply.layer)
@@ -161,7 +160,8 @@ def _gaining(
     free = tables.evictable(residency, supply.layer, wanted & seen.resident, capacity)
     owner = jnp.maximum(residency.owner, 0)
     worth = forecast.greatest(keys, shield)[owner]
-    less = (residency.owner < 0) | (~shield[owner] & (worth < seen.keys[:, None]))
+    own = supply.policy.foresight.worth(seen)[:, None]
+    less = (residency.owner < 0) | (~shield[owner] & (worth < own))
     absent = wanted & ~seen.resident
     before = (absent & (rank < rank[:, None])).sum(axis=1)
     return wanted & (seen.resident | (before < (free & less).sum(axis=1)))

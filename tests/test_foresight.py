@@ -1,6 +1,5 @@
-"""Foresight: who is wanted, what becomes of it in slots and over a link, and what drafts need."""
+"""Foresight: who is wanted, and what becomes of it in slots and over a link."""
 
-import contextlib
 import dataclasses
 import functools
 import time
@@ -15,22 +14,27 @@ from hypothesis import strategies as st
 from test_experts import NOBODY
 from test_speculate import begun, deep, drafting, needs_native, opened
 
-import moejax
-from moejax import decode, drafters, experts, kernels, residency, utility, window
+from moejax import decode, experts, kernels, residency, utility, window
 from moejax.config import RouterRule
-from moejax.drafting import NearestResident, RandomResident, SkipMissing
+from moejax.drafting import SkipMissing
 from moejax.errors import PolicyError
 from moejax.evictors import ScoreWindow
-from moejax.foresight import DraftRouting, Glimpse, NoForesight, Promote, UtilityQueue
+from moejax.foresight import (
+    DraftRouting,
+    Glimpse,
+    Lookahead,
+    NoForesight,
+    Promote,
+    UtilityQueue,
+)
 from moejax.kernels import transport
-from moejax.kernels.transport import Kind, Store
-from moejax.layout import aligned_empty
+from moejax.kernels.transport import Kind
 from moejax.pinning import DraftSet
 from moejax.placement import BandwidthShare, HostAll
 from moejax.policy import policy
 from moejax.prediction import LastLayer, NoCutoff, PreviousToken
 from moejax.routing import Routing
-from moejax.speculation import LookupDraft, ModelDraft, SelfDraft
+from moejax.speculation import SelfDraft
 from moejax.state import ExpertCache, ExpertStore, Forecast, pytree, static
 from moejax.supply import Supply
 from moejax.utility import Utility
@@ -174,6 +178,29 @@ def test_numbers_never_retrace():
     assert len(traces) == 3
 
 
+def test_lookahead_wants_what_a_draft_routes_to_as_far_as_there_is_time():
+    foresight = Lookahead(rate=jnp.float32(1.0), most=jnp.float32(8.0))
+    memory = dataclasses.replace(foresight.init(4, 6), records=jnp.float32(1.5))
+    seen = glimpse_of(
+        scores=jnp.float32([[0.5, 0.3, 0.1, 0.05, 0.03, 0.02], [0.15, 0.1, 0.6, 0.1, 0.03, 0.02]]),
+        chance=jnp.float32([1.0, 0.6]),
+        resident=jnp.arange(6) == 0,
+        missed=jnp.arange(6) == 4,
+        keys=jnp.float32([0.0, 0.9, 0.1, 0.2, 0.3, 0.0]),
+        drafting=True,
+    )
+    wanted, after = WANTED(foresight, memory, seen)
+    np.testing.assert_allclose(wanted, [0, 0, 0.36, 0, 0, 0], rtol=1e-6)  # one: 0.6 * 0.6 > 0.3
+    assert after.records == 1.5  # a draft saves nothing up
+    np.testing.assert_allclose(foresight.worth(seen), [0.5, 0.9, 0.36, 0.2, 0.3, 0.0], rtol=1e-6)
+    plain = dataclasses.replace(seen, drafting=False)
+    promote = Promote(rate=foresight.rate, most=foresight.most)
+    np.testing.assert_array_equal(
+        WANTED(foresight, memory, plain)[0], WANTED(promote, memory, plain)[0]
+    )
+    np.testing.assert_array_equal(foresight.worth(plain), plain.keys)
+
+
 @pytest.mark.parametrize("threshold", [-1, 0, 1, 2, 5, 6])
 def test_the_queue_holds_levels_from_the_threshold_on(threshold):
     levels = np.array([0, 1, 2, 5, 0, 4])
@@ -262,8 +289,14 @@ class Told:
     def wanted(self, memory, seen):
         return self.priority, memory
 
+    def worth(self, seen):
+        return seen.keys
+
     def spent(self, memory, count):
         return memory + count
+
+    def drained(self, evictor, memory):
+        return memory
 
 
 @dataclasses.dataclass
@@ -837,265 +870,6 @@ def test_a_draft_uses_nothing_fresh():
     # the same token at the same place: its experts have slots now, but were never used
     _, again = step(dataclasses.replace(first, length=state.length))
     assert (np.asarray(again.trace.picks) < 0).all()
-
-
-# The transport: what has landed.
-
-
-def records_of(count=12, elements=2048):
-    records = aligned_empty((count, elements), np.uint16)
-    records[:] = np.arange(count)[:, None]
-    return records
-
-
-@contextlib.contextmanager
-def open_store(kind, tmp_path, **options):
-    records = records_of()
-    if kind == "paced":
-        options.pop("checksums", None)
-        opened = Store.open_paced(records, **{"gigabytes_per_second": 1.0} | options)
-    else:
-        (tmp_path / "bank").write_bytes(records.tobytes())
-        arguments = {"data_offset": 0, "record_bytes": records[0].nbytes, "records": len(records)}
-        opened = Store.open_disk(tmp_path / "bank", **arguments, **options)
-    with opened:
-        yield opened
-
-
-NOW = jnp.zeros(1)
-
-
-def landed(store, ids):
-    return np.asarray(LANDED(store.handle, jnp.asarray(ids, jnp.int32))).tolist()
-
-
-LANDED = jax.jit(lambda handle, ids: transport.landed(handle, ids, NOW))
-
-
-def ask(store, ids, kind=Kind.PREFETCH):
-    padded = np.full(4, -1, np.int32)
-    padded[: len(ids)] = ids
-    padded = jnp.asarray(padded)
-    jax.block_until_ready(transport.request(store.handle, padded, len(ids), kind, NOW))
-
-
-def wait_for(store, count):
-    while store.stats().landed < count:
-        time.sleep(0.001)
-
-
-@needs_native
-@pytest.mark.parametrize("kind", ["paced", "disk"])
-def test_landed_is_what_a_commit_would_not_wait_for(kind, tmp_path):
-    with open_store(kind, tmp_path) as store:
-        assert landed(store, [0, 5, 9, -1]) == [False] * 4
-        assert store.stats().requested == 0  # asking is not requesting
-        ask(store, [5, 9])
-        wait_for(store, 2)
-        assert landed(store, [0, 5, 9, -1, 5]) == [False, True, True, False, True]
-        pool = jnp.zeros((3, 2048), jnp.uint16)
-        slots, ids = jnp.array([1], jnp.int32), jnp.array([5], jnp.int32)
-        pool, status = transport.commit(store.handle, pool, slots, ids, 1, NOW)
-        assert status[:2].tolist() == [0, 1] and int(pool[1, 0]) == 5
-        assert landed(store, [5, 9]) == [False, True]  # its buffer is free again
-        ask(store, [5], Kind.DEMAND)
-        wait_for(store, 3)
-        assert landed(store, [5, 9]) == [True, True]
-    assert landed(store, [5, 9]) == [False, False]  # closed
-
-
-@needs_native
-@pytest.mark.parametrize("kind", ["paced", "disk"])
-def test_ids_that_there_are_not_have_not_landed(kind, tmp_path):
-    least, most = np.iinfo(np.int32).min, np.iinfo(np.int32).max
-    with open_store(kind, tmp_path) as store:
-        ask(store, [0, 11])
-        wait_for(store, 2)
-        assert landed(store, [-1, -2, 12, 13, least, most, 0, 11]) == [False] * 6 + [True] * 2
-        assert landed(store, []) == []
-    for handle in (0, -1, store.handle + 1):
-        there = LANDED(handle, jnp.array([0], jnp.int32))
-        assert there.dtype == bool and not there.any()
-
-
-@needs_native
-def test_what_is_on_its_way_has_not_landed(tmp_path):
-    with open_store("paced", tmp_path, latency_us=6e7) as store:
-        ask(store, [1, 2], Kind.DEMAND)
-        begun = time.perf_counter()
-        assert landed(store, [1, 2, 3]) == [False] * 3
-        assert time.perf_counter() - begun < 5  # and nobody waited for it
-    with open_store("paced", tmp_path, latency_us=50_000.0) as store:
-        assert landed(store, [1, 2]) == [False, False]  # compiled
-        ask(store, [1, 2])
-        seen = []
-        while not all(landed(store, [1, 2])):
-            seen.append(landed(store, [1, 2]))
-        assert [False, False] in seen  # a link is serial
-        assert [False, True] not in seen
-
-
-@needs_native
-def test_a_cancelled_or_dropped_record_has_not_landed(tmp_path):
-    with open_store("paced", tmp_path, latency_us=200_000.0, buffers=3) as store:
-        keep = jnp.arange(12) > 1
-        jax.block_until_ready(transport.cancel(store.handle, keep, NOW))  # compiled
-        ask(store, [])
-        ask(store, [0])
-        ask(store, [1, 2, 3])  # no buffer for 3
-        jax.block_until_ready(transport.cancel(store.handle, keep, NOW))
-        wait_for(store, 2)
-        time.sleep(0.3)
-        # 0 had begun, and serves a commit until its buffer is needed
-        assert landed(store, [0, 1, 2, 3]) == [True, False, True, False]
-
-
-@needs_native
-@pytest.mark.parametrize("kind", ["paced", "disk"])
-def test_a_record_whose_slot_is_lost_has_not_landed(kind, tmp_path):
-    with open_store(kind, tmp_path) as store:
-        ask(store, [4, 5, 6])
-        wait_for(store, 3)
-        slot_of = jnp.full(12, -1, jnp.int32).at[5].set(0)
-        jax.block_until_ready(transport.drop(store.handle, slot_of, NOW))
-        assert landed(store, [4, 5, 6]) == [False, True, False]
-        ask(store, [4])  # read anew
-        wait_for(store, 4)
-        assert landed(store, [4, 5, 6]) == [True, True, False]
-
-
-@needs_native
-def test_a_record_that_failed_has_not_landed(tmp_path):
-    checksums = np.zeros(12, np.uint32)
-    with open_store("disk", tmp_path, checksums=checksums) as store:
-        ask(store, [3])
-        time.sleep(0.1)
-        assert landed(store, [3]) == [False]
-
-
-def test_landed_takes_i32_vectors_only():
-    for wrong in (jnp.zeros(2), jnp.zeros((1, 2), jnp.int32)):
-        with pytest.raises(ValueError, match="experts must be a vector of int32"):
-            transport.landed(jnp.int32(1), wrong, NOW)
-
-
-# What drafts need beside the model.
-
-
-@functools.cache
-def tiny(name="tiny"):
-    return moejax.load(name, slots=76, context=64)
-
-
-def loaded_with(draft):
-    return moejax.load("tiny", slots=76, context=64, policy=with_draft(draft))
-
-
-def with_draft(draft):
-    return drafting(draft, 2)
-
-
-def test_distances_are_filled_in_where_drafts_go_by_them(monkeypatch):
-    table = np.arange(18, dtype=np.float32).reshape(2, 3, 3)
-    asked = []
-
-    def distances_of(runtime):
-        asked.append(runtime)
-        return table
-
-    monkeypatch.setattr("moejax.distances.distances_of", distances_of)
-    router = NearestResident(distance=None, picks=jnp.int32(3), weights="own")
-    made = with_draft(SelfDraft(router=router, skip=(1,)))
-    runtime = object()
-    filled = drafters.completed(made, runtime)
-    assert asked == [runtime]
-    draft = filled.speculation.draft
-    assert isinstance(draft.router.distance, jax.Array)
-    assert np.array_equal(draft.router.distance, table)
-    assert (draft.router.picks, draft.router.weights, draft.skip) == (3, "own", (1,))
-    empty = dataclasses.replace(draft, router=dataclasses.replace(draft.router, distance=None))
-    speculation = dataclasses.replace(filled.speculation, draft=empty)
-    again = dataclasses.replace(filled, speculation=speculation)
-    assert jax.tree.structure(again) == jax.tree.structure(made)  # all else as it was
-    assert jax.tree.leaves(again) == jax.tree.leaves(made)
-    assert drafters.completed(filled, runtime) is filled and len(asked) == 1
-    assert made.speculation.draft.router.distance is None
-
-
-@pytest.mark.parametrize(
-    "draft", [SELF, SelfDraft(router=RandomResident()), LookupDraft(), ModelDraft()]
-)
-def test_other_drafts_need_no_distances(draft, monkeypatch):
-    monkeypatch.delattr("moejax.distances.distances_of")
-    made = with_draft(draft)
-    assert drafters.completed(made, object()) is made
-    plain = policy("lru")
-    assert drafters.completed(plain, object()) is plain
-
-
-def test_a_loaded_model_has_the_distances_of_its_experts():
-    made = loaded_with(SelfDraft(router=NearestResident())).policy
-    distance = np.asarray(made.speculation.draft.router.distance)
-    config = tiny().config
-    assert distance.shape == (config.num_moe_layers, config.num_experts, config.num_experts)
-    assert (np.diagonal(distance, axis1=1, axis2=2) == 0).all()
-    layer, one, other = 1, 3, 5
-    ids = layer * config.num_experts + np.array([one, other])
-    layout, records = tiny().store.layout, np.asarray(tiny().store.records)
-    parts = [[layout.view(records[i], p).astype(np.float64) for p in layout.matrices] for i in ids]
-    want = np.sqrt(sum(((a - b) ** 2).sum() for a, b in zip(*parts, strict=True)))
-    assert distance[layer, one, other] == pytest.approx(want, rel=1e-3)
-
-
-def test_the_embedded_model_brings_its_twin():
-    twin = loaded_with(ModelDraft()).draft
-    assert (twin.context, twin.model.dtype, twin.model.kernels) == (
-        64,
-        tiny().model.dtype,
-        tiny().model.kernels,
-    )
-    assert twin.config.vocab_size == tiny().config.vocab_size
-    assert twin.params is not tiny().params
-    assert tiny().draft is None
-    assert loaded_with(SELF).draft is None
-
-
-def equipped(made, name="tiny", draft=None, budgeted=False, **changes):
-    """`drafters.equipped` of the embedded model; also what it loaded."""
-    loaded = []
-
-    def load(name, **options):
-        loaded.append((name, options))
-        return changes.get("other") or tiny("tiny-draft")
-
-    runtime = dataclasses.replace(tiny(), policy=made, context=48)
-    return drafters.equipped(runtime, name, draft, budgeted, "reference", load), loaded
-
-
-def test_a_draft_model_is_loaded_like_the_model():
-    _, loaded = equipped(with_draft(ModelDraft()))
-    options = {"dtype": "bfloat16", "context": 48, "kernels": "reference"}
-    assert loaded == [("tiny-draft", options)]
-    runtime, loaded = equipped(with_draft(ModelDraft()), name="/some/where", draft="other")
-    assert loaded == [("other", options)] and runtime.draft is tiny("tiny-draft")
-    assert equipped(with_draft(SELF))[1] == []
-
-
-def test_draft_models_that_cannot_be_had_are_refused():
-    with pytest.raises(PolicyError, match="name one as"):
-        equipped(with_draft(ModelDraft()), name="/some/where")
-    with pytest.raises(PolicyError, match="slots instead"):
-        equipped(with_draft(ModelDraft()), budgeted=True)
-    config = dataclasses.replace(tiny().config, vocab_size=99)
-    other = tiny("tiny-draft")
-    model = other.model.clone(config=config)
-    with pytest.raises(PolicyError, match="99 tokens"):
-        equipped(with_draft(ModelDraft()), other=dataclasses.replace(other, model=model))
-
-
-def test_a_draft_model_that_nobody_asks_for_is_refused():
-    with pytest.raises(PolicyError):
-        equipped(with_draft(SELF), draft="tiny-draft")
 
 
 def test_utility_queues_need_an_evictor_with_levels():
