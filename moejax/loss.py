@@ -14,7 +14,8 @@ from moejax.models.transformer import Decoder
 from moejax.policy import Policy
 from moejax.routing import TopK
 from moejax.sampling import divergence
-from moejax.state import DecodeState, ExpertStore, pytree
+from moejax.state import DecodeState, ExpertStore, StepTrace, pytree
+from moejax.value import fit_kappa, replaced_terms
 
 
 @pytree
@@ -34,6 +35,7 @@ class Loss:
     exact_hits: jax.Array  # [W, T] i32
     moved: jax.Array  # [W, T] i32, records fetched or prefetched
     low: jax.Array  # [W, T] i32, experts run from low-bit copies
+    terms: jax.Array | None  # [W, T, L] f32, see `value.replaced_terms`; with `local`
 
     def summary(self) -> dict[str, float]:
         """Means per token, perplexities, and rates over all uses."""
@@ -112,7 +114,7 @@ def _window(
         if local:
             _, out = step(model, own, params, store, state, token)
             same_cache = out.logits
-        state, out = step(model, policy, params, store, state, token)
+        state, out = step(model, policy, params, store, state, token, scores=local)
         trace, logits = out.trace, out.logits
         sums = {
             name: getattr(trace, name).sum()
@@ -128,10 +130,35 @@ def _window(
             trajectory=divergence(reference, logits[0]),
             flipped=logits[0].argmax() != reference.argmax(),
             moved=(trace.fetched + trace.prefetched).sum(),
+            terms=_terms(model, trace) if local else None,
             **sums,
         )
 
     return jax.lax.scan(one, state, (tokens[:-1], tokens[1:], exact))
+
+
+def _terms(model: Decoder, trace: StepTrace) -> jax.Array:
+    config = model.config
+    return replaced_terms(config.router, trace.scores, trace.picks, config.top_k)
+
+
+def layer_prices(loss: Loss, shrink: float = 1.0) -> np.ndarray:
+    """[L] f32 what replacing costs in each layer over the mean of the layers: a `Priced.kappa`.
+
+    Args:
+        loss: of a lossy policy, measured with `local`, on steps that replaced something.
+        shrink: see `value.fit_kappa`.
+
+    Raises:
+        InputError: the loss is without local divergences, or nothing was replaced.
+    """
+    if loss.terms is None or not np.any(loss.terms):
+        raise InputError("prices of layers need a loss measured with local=True, of a lossy policy")
+    terms = np.asarray(loss.terms)
+    kappa = fit_kappa(
+        np.asarray(loss.local).reshape(-1), terms.reshape(-1, terms.shape[-1]), shrink
+    )
+    return kappa / kappa.mean()
 
 
 def _exact(policy: Policy) -> Policy:

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.config import RouterRule
 from moejax.errors import InputError
 from moejax.eviction import Access
+from moejax.routing import eligible_scores
 from moejax.state import pytree
 
 SWEEPS = 10_000  # at most, of a fit
@@ -51,6 +53,26 @@ class Value:
         """[L * E] f32 averages."""
         del layer
         return memory
+
+
+def replaced_terms(rule: RouterRule, scores: jax.Array, picks: jax.Array, top_k: int) -> jax.Array:
+    """[L] f32 sums of w(e)^2 + w(s)^2 over experts left out and stand-ins, in every layer.
+
+    Args:
+        rule: of the model's router, which says what a score weighs.
+        scores: [L, N, E] f32, the router's.
+        picks: [L, N, K] i32, what was used instead of the best; -1 = no token.
+    """
+    layers, tokens, experts = scores.shape
+    eligible = jax.vmap(lambda own: eligible_scores(rule, own))(scores)
+    best, exact = jax.lax.top_k(eligible, top_k)
+    total = best.sum(axis=-1, keepdims=True) if rule.normalize else 1.0
+    weight = scores / total * rule.scale
+    place = jnp.arange(layers)[:, None, None], jnp.arange(tokens)[:, None]
+    none = jnp.zeros((layers, tokens, experts + 1), bool)
+    used = none.at[*place, jnp.where(picks < 0, experts, picks)].set(True)[..., :experts]
+    own = none.at[*place, exact].set(True)[..., :experts] & (picks[..., :1] >= 0)
+    return jnp.where(used != own, jnp.square(weight), 0.0).sum(axis=(1, 2))
 
 
 def fit_kappa(kl: np.ndarray, terms: np.ndarray, shrink: float = 0.0) -> np.ndarray:

@@ -17,7 +17,7 @@ from moejax.eviction import Access
 from moejax.placement import Demand
 from moejax.price import Costs, Priced, PricedPlacement
 from moejax.routing import Scored, TopK
-from moejax.value import Value, fit_kappa
+from moejax.value import Value, fit_kappa, replaced_terms
 
 F = np.float32
 INF = math.inf
@@ -588,6 +588,31 @@ def test_a_layer_without_a_term_gets_the_kappa_of_all():
     terms = np.array([[1.0, 0.0, 0.0], [0.0, 0.0, 2.0]])
     np.testing.assert_allclose(fit_kappa([2.0, 2.0], terms), [2, 6 / 5, 1], rtol=1e-6)
     assert fit_kappa(np.zeros(2), np.zeros((2, 3))).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("rule", [RouterRule(normalize=True), GROUPED])
+def test_replaced_terms_are_the_squares_of_what_left_and_what_stands_in(rule):
+    rng, layers, tokens, experts, k = np.random.default_rng(3), 2, 3, 8, 2
+    scores = rng.dirichlet(np.ones(experts), (layers, tokens)).astype(F)
+    picks = np.stack([rng.permutation(experts)[:k] for _ in range(layers * tokens)])
+    picks = picks.reshape(layers, tokens, k).astype(np.int32)
+    picks[0, 2] = -1
+    want = np.zeros(layers)
+    for layer, token in itertools.product(range(layers), range(tokens)):
+        own = scores[layer, token].astype(np.float64)
+        if rule.num_groups > 1:
+            groups = own.reshape(rule.num_groups, -1).max(axis=1)
+            kept = np.argsort(-groups)[: rule.top_groups]
+            open_ = np.isin(np.arange(experts) // (experts // rule.num_groups), kept)
+        else:
+            open_ = np.ones(experts, bool)
+        best = np.argsort(-np.where(open_, own, 0))[:k]
+        total = own[best].sum() if rule.normalize else 1.0
+        if picks[layer, token, 0] >= 0:
+            changed = set(best) ^ set(picks[layer, token])
+            want[layer] += sum((own[e] / total * rule.scale) ** 2 for e in changed)
+    got = replaced_terms(rule, jnp.asarray(scores), jnp.asarray(picks), k)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

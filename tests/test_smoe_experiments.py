@@ -174,6 +174,7 @@ def test_accuracy_weighs_tokens_alike_and_uses_by_their_number():
         exact_hits=part([2, 2], [0, 0]),
         moved=part([1, 2], [3, 4]),
         low=zeros,
+        terms=None,
     )
     table = smoe_common.accuracy(loss, np.array([0, 1]), 6, names=("a", "b"))
     assert table["all"]["perplexity"] == pytest.approx(math.exp(2.5))
