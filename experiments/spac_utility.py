@@ -313,6 +313,7 @@ def _plot_times(axis: Any, rows: list[dict]) -> None:
     for name in dict.fromkeys(row["name"] for row in rows):
         own = [r for r in rows if (r["name"], r["temperature"]) == (name, TEMPERATURE)]
         own = [r for r in own if (r["cap"], r["threshold"]) == (CAP, 1)]
+        own.sort(key=lambda row: row["slots"])
         places = [100 * row["slots"] / 192 for row in own]
         spread = [row["tpot_ms_spread"] / 2 for row in own]
         axis.errorbar(places, [row["tpot_ms"] for row in own], spread, marker="o", label=name)

@@ -24,18 +24,14 @@ import dataclasses
 import pathlib
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
-import moejax
+from experiments import frontier_lossy as lossy
 from experiments import smoe_common as common
-from experiments import speculation_common as runs
-from experiments.smoe_common import Text, gap_closed, with_policy
-from experiments.speculation_common import Generation
-from moejax.drafters import completed
+from experiments.frontier_bench import AUTO, FRONTIER, PARTS, Bench, in_ms, named
+from experiments.smoe_common import Text, gap_closed
 from moejax.foresight import NoForesight
-from moejax.policy import Policy, policy, with_alpha
+from moejax.policy import Policy
 from moejax.speculation import NoSpeculation
 
 QUICK = {"windows": 1, "tokens": 128, "rounds": 1, "new": 24, "kl_windows": 1}
@@ -45,40 +41,10 @@ SUMMARY = (0.25, 0.5, 0.75)  # residencies of the claim
 EXACT = (
     *("lru", "score-window:window=32", "decayed-lfu", "host", "balanced", "hybrimoe"),
     *("specmoe", "self-draft", "lookup", "sp-moe", "sp-moe-self", "moe-spac"),
-    *("auto:gamma=0", "auto"),
+    *("auto:gamma=0", "auto", *map(AUTO.format, PARTS)),
 )
 GAMMAS = (0, 1, 2, 4, 8)
 SWEPT = ("self-draft", "lookup", "sp-moe", "sp-moe-self")
-LOSSY = {
-    "smoe": (0.1, 0.25, 0.35, 0.5),
-    "smoe-fetch": (0.1, 0.25, 0.35, 0.5),
-    "smoe-timelines": (0.1, 0.25, 0.35, 0.5),
-    "smoe-released": (0.1, 0.25, 0.35, 0.5),
-    "auto-lossy": (0.05, 0.1, 0.2, 0.4, 0.8),
-}
-FRONTIER = 0.5  # residency of the frontier of time and loss, beside the claim's own
-POOL = 0.75  # of the pool that all residencies are parts of
-
-
-def needs_model(made: Policy) -> bool:
-    """Whether it drafts with another model."""
-    return getattr(made.speculation.draft, "kind", None) == "model"
-
-
-def capacity(share: float, experts: int, taken: int) -> int:
-    """Slots of a residency, less those whose memory a draft model takes."""
-    return common.slots_of(share, experts) - taken
-
-
-def slots_taken(draft: moejax.Runtime, record: int) -> int:
-    """Slots that the weights of a draft model would fill."""
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(draft.params))
-    return -(-size // record)
-
-
-def budgeted(made: Policy, slots: int) -> Policy:
-    """The policy with so many slots in use."""
-    return dataclasses.replace(made, capacity=jnp.int32(slots))
 
 
 def with_gamma(made: Policy, gamma: int) -> Policy:
@@ -93,63 +59,17 @@ def with_gamma(made: Policy, gamma: int) -> Policy:
     return dataclasses.replace(made, speculation=speculation)
 
 
-class Bench:
-    """The runtime behind the link, and the prompts."""
-
-    def __init__(self, text: Text, new: int):
-        plain = moejax.load("tiny")
-        self.experts = common.experts_of(plain)
-        self.record = plain.store.layout.stride
-        self.link = runs.link(self.record)
-        self.pool = common.slots_of(POOL, self.experts)
-        self.runtime = runs.base_runtime(self.pool, self.link)
-        self.taken = slots_taken(self.runtime.draft, self.record)
-        self.resident = moejax.load("tiny", slots=self.experts)
-        self.groups, self.new = runs.prompts_of(text, 1), new
-
-    def generation(self, made: Policy, share: float) -> Generation | None:
-        """A policy at a residency; None if nothing is left of the memory."""
-        slots = capacity(share, self.experts, self.taken if needs_model(made) else 0)
-        if slots < self.runtime.config.top_k:
-            return None
-        made = completed(budgeted(made, slots), self.runtime)
-        chosen = with_policy(self.runtime, made, self.pool)
-        return Generation(chosen, self.groups, self.new)
-
-    def whole(self) -> Generation:
-        """Everything resident, in memory."""
-        return Generation(self.resident, self.groups, self.new)
-
-
-def named(name: str, link: str) -> Policy:
-    """The preset with the costs of the link, where it has such numbers."""
-    load, host = runs.LOAD_US / 1e3, runs.HOST_US / 1e3
-    costs = f"load={load},host={host}"
-    extra = {
-        "balanced": f":{costs}",
-        "hybrimoe": f":{costs},device={load / 30}",
-        "smoe": f":{costs},window=32",
-        "smoe-fetch": ":window=32",
-        "smoe-timelines": f":{costs},device={load / 30},window=32",
-        "smoe-released": f":{costs}",
-        "auto": f":{costs}",
-        "auto:gamma=0": f",{costs}",
-        "auto-lossy": f":{costs}",
-    }
-    return policy(name + extra.get(name, ""))
-
-
 def exact_rows(bench: Bench, options: argparse.Namespace, names: tuple[str, ...]) -> list[dict]:
     """All exact systems at all residencies, interleaved."""
     cases = {}
     for share in options.shares:
         for name in names:
-            made = bench.generation(named(name, bench.link), share)
+            made = bench.generation(named(name), share)
             if made is not None:
                 cases[name, share, ""] = made
     for name in options.swept:
         for gamma in GAMMAS:
-            made = with_gamma(named(name, bench.link), gamma)
+            made = with_gamma(named(name), gamma)
             cases[name, FRONTIER, gamma] = bench.generation(made, FRONTIER)
     cases["all resident", 1.0, ""] = bench.whole()
     found = common.in_rounds(cases, options.rounds, options.seed)
@@ -159,13 +79,8 @@ def exact_rows(bench: Bench, options: argparse.Namespace, names: tuple[str, ...]
         if case.tokens != truth:
             raise RuntimeError(f"{name} at {share} made other tokens than plain decoding")
         row = common.merged(found[name, share, gamma])
-        rows.append({"name": name, "residency": share, "gamma": gamma, **_in_ms(row)})
+        rows.append({"name": name, "residency": share, "gamma": gamma, **in_ms(row)})
     return rows
-
-
-def _in_ms(row: dict[str, float]) -> dict[str, float]:
-    milliseconds = {f"{name}_ms": row.pop(name) * 1e3 for name in ("tpot", "tpot_spread", "ttft")}
-    return milliseconds | row
 
 
 def find(rows: list[dict], name: str, share: float, gamma: Any = "") -> dict | None:
@@ -224,74 +139,6 @@ def break_even(rows: list[dict]) -> list[dict]:
     return law
 
 
-def lossy_rows(bench: Bench, text: Text, options: argparse.Namespace) -> list[dict]:
-    """Lossy systems: time on the link, divergence and misses on held-out text."""
-    cases, resident = {}, ("all resident", 1.0, "")
-    for share in options.lossy_shares:
-        cases["lru", share, ""] = bench.generation(named("lru", bench.link), share)
-        for name, alphas in options.lossy.items():
-            for alpha in alphas:
-                made = with_alpha(named(name, bench.link), alpha)
-                cases[name, share, alpha] = bench.generation(made, share)
-    cases[resident] = bench.whole()
-    found = common.in_rounds(cases, options.rounds, options.seed)
-    windows, domain = text.stacked("profile")
-    virtual = moejax.load("tiny", slots=bench.pool, virtual=True)
-    measured = common.Accuracy(virtual, windows[:, : options.tokens + 1], domain)
-    rows = []
-    for (name, share, alpha), case in cases.items():
-        row = {"name": name, "residency": share, "alpha": alpha}
-        row |= _in_ms(common.merged(found[name, share, alpha]))
-        if name != "all resident":
-            chosen = case.runtime.policy
-            loss = measured.of(chosen, bench.pool, local=False)["all"]
-            row |= {f"text_{key}": loss[key] for key in ("missed", "moved", "hit_rate")}
-            row |= {
-                "kl": loss["trajectory_kl"],
-                "perplexity_over_exact": loss["perplexity_over_exact"],
-            }
-        rows.append(row)
-    return rows
-
-
-def at_kl(rows: list[dict], names: tuple[str, ...], share: float, kl: float, key: str) -> float:
-    """The least `key` of systems at a divergence, on straight lines between their alphas."""
-    best = np.inf
-    for name in names:
-        own = [row for row in rows if row["name"] == name and row["residency"] == share]
-        own = sorted(own, key=lambda row: row["kl"])
-        if own and own[0]["kl"] <= kl <= own[-1]["kl"]:
-            best = min(best, np.interp(kl, [r["kl"] for r in own], [r[key] for r in own]))
-    return float(best)
-
-
-def lossy_summary(rows: list[dict], share: float = FRONTIER) -> dict[str, Any]:
-    """Missed bytes against SMoE's at its own divergences, and the gap closed within 1 %."""
-    smoe = [row for row in rows if row["name"] == "smoe-fetch" and row["residency"] == share]
-    ratios = []
-    for row in smoe:
-        own = at_kl(rows, ("auto-lossy",), share, row["kl"], "text_missed")
-        if np.isfinite(own):
-            ratios.append(own / row["text_missed"])
-    within = [
-        row
-        for row in rows
-        if row["name"] == "auto-lossy"
-        and row["residency"] == share
-        and row["perplexity_over_exact"] <= 1.01
-    ]
-    lru = next(r for r in rows if r["name"] == "lru" and r["residency"] == share)
-    resident = next(r for r in rows if r["name"] == "all resident")
-    closed = None
-    if within:
-        best = min(row["tpot_ms"] for row in within)
-        closed = gap_closed(lru["tpot_ms"], best, resident["tpot_ms"])
-    return {
-        "missed_bytes_over_smoe_at_equal_kl": float(np.mean(ratios)) if ratios else None,
-        "lossy_gap_closed": closed,
-    }
-
-
 def targets_of(summary: dict[str, Any]) -> dict[str, dict]:
     """The claim's limits, and whether they hold."""
     values, limits = {}, {}
@@ -333,9 +180,9 @@ def plot(report: dict[str, Any], path: pathlib.Path) -> None:
         title="speculation at 50 % residency (numbers: gamma)",
     )
     axes[1].legend(fontsize=7)
-    lossy = [row for row in report["lossy"] if row["residency"] == FRONTIER]
-    for name in dict.fromkeys(row["name"] for row in lossy if row["alpha"] != ""):
-        own = [row for row in lossy if row["name"] == name]
+    rows = [row for row in report["lossy"] if row["residency"] == FRONTIER]
+    for name in dict.fromkeys(row["name"] for row in rows if row["name"] in lossy.LOSSY):
+        own = [row for row in rows if row["name"] == name]
         axes[2].plot([r["kl"] for r in own], [r["tpot_ms"] for r in own], marker="o", label=name)
     axes[2].set(
         xlabel="KL from exact routing (nats per token)",
@@ -353,9 +200,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     text = Text.read(options.windows, options.kl_windows, options.tokens, options.data)
     bench = Bench(text, options.new)
     rows = exact_rows(bench, options, options.exact)
-    lossy = lossy_rows(bench, text, options)
+    priced = lossy.Lossy(bench, text, options)
+    lossy_rows = priced.rows()
     summary = exact_summary(rows, tuple(s for s in SUMMARY if s in options.shares))
-    summary |= lossy_summary(lossy)
+    summary |= lossy.lossy_summary(lossy_rows)
     targets = targets_of(summary)
     return {
         "link": bench.link,
@@ -363,7 +211,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "record_bytes": bench.record,
         "rows": rows,
         "break_even": break_even(rows),
-        "lossy": lossy,
+        "kappa": priced.kappa.tolist(),
+        "lossy": lossy_rows,
         "summary": summary,
         "targets": targets,
         "verdict": common.verdict(targets),
@@ -382,8 +231,9 @@ def main() -> None:
     options.exact = ("lru", "hybrimoe", "auto:gamma=0", "auto") if quick else EXACT
     options.swept = ("self-draft",) if quick else SWEPT
     options.lossy_shares = (FRONTIER,) if quick else (0.25, FRONTIER)
-    chosen = ("smoe-fetch", "auto-lossy")
-    options.lossy = {n: LOSSY[n][::2] for n in chosen} if quick else LOSSY
+    chosen = {name: lossy.LOSSY[name][::2] for name in ("smoe", lossy.NO_PREFETCH, *lossy.OURS)}
+    options.lossy = chosen if quick else lossy.LOSSY
+    options.ablations = [] if quick else lossy.ablations()
     report = {
         "claim": "one price is as fast as the best exact system, and less lossy than SMoE",
         "command": "python -m experiments.speculation_frontier",

@@ -20,6 +20,7 @@ from experiments import (  # noqa: E402
     held_out,
     smoe_common,
     spmoe_cutoff,
+    spmoe_quality,
     spmoe_simulation,
 )
 from experiments.spmoe_cutoff import Window  # noqa: E402
@@ -311,11 +312,11 @@ def test_comparing_states_and_scores():
     exact = np.array([[[3.0, 0.0], [1.0, 1.0]]])
     scores = np.array([[[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]])
     wanted = np.array([[[0.5, 0.2, 0.3], [0.5, 0.1, 0.4]]])
-    cosine, top1, coverage = spmoe_cutoff.compared(own, exact, scores, wanted, 2)
+    cosine, top1, coverage = spmoe_quality.compared(own, exact, scores, wanted, 2)
     assert cosine[0] == pytest.approx([1, 0.5**0.5])
     assert top1.tolist() == [[1, 0]] and coverage.tolist() == [[0.5, 0.5]]
     parts = [np.stack([cosine, top1, coverage])] * 2
-    total, layer = spmoe_cutoff.quality_rows("draft model", "draft", parts, "")
+    total, layer = spmoe_quality.quality_rows("draft model", "draft", parts, "")
     assert (total["layer"], layer["layer"], layer["top1"]) == ("all", 0, 0.5)
     assert {total["source"], total["norm"], total["part"]} == {"draft model", "draft", "predictor"}
 
@@ -325,10 +326,10 @@ def test_the_gate_gives_the_recorded_scores():
     tokens = np.arange(40, 56)[None]
     options = {"hidden": "raw", "scores": True}
     _, out = runtime.decode_step(runtime.init_state(1, context=16), tokens, **options)
-    x = spmoe_cutoff.normed(
+    x = spmoe_quality.normed(
         runtime.params, np.asarray(out.hidden, np.float64), runtime.config.norm_eps
     )
-    found = spmoe_cutoff.gate_scores(runtime.params, x)
+    found = spmoe_quality.gate_scores(runtime.params, x)
     assert found == pytest.approx(np.asarray(out.trace.scores), abs=1e-5)
     assert np.ptp(found) > 0.1
 
@@ -369,7 +370,7 @@ def test_a_curve_and_its_judgement():
 def test_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(spmoe_cutoff, "PRESETS", {"sp-moe": 1})
     monkeypatch.setattr(spmoe_cutoff, "LINKS", {"standard": 159.0})
-    monkeypatch.setattr(spmoe_cutoff, "self_quality", lambda *_: [])
+    monkeypatch.setattr(spmoe_quality, "self_quality", lambda *_: [])
     sizes = {"windows": 1, "tokens": 16, "rounds": 1, "new": 6, "step": 24, "seed": 0}
     options = argparse.Namespace(data=held_out.DATA, **sizes)
     report = spmoe_cutoff.measure(options)
