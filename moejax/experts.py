@@ -66,6 +66,10 @@ class LayerTrace:
     predicted_right: jax.Array
     prefetch_used: jax.Array
     forecast: jax.Array
+    resident: jax.Array
+    fresh: jax.Array
+    hosted: jax.Array
+    lowered: jax.Array
 
 
 def resident(policy: Policy, cache: ExpertCache, layer: jax.Array, experts: int) -> jax.Array:
@@ -115,8 +119,24 @@ def apply(
     chex.assert_type([layer.x, layer.scores], jnp.float32)
     virtual = cache.pool.shape[0] == 0
     supply = Supply(policy, store, layer.index, layer.experts, virtual)
+    return served(supply, cache, memory, layer, ahead, kv)
+
+
+def served(
+    supply: Supply,
+    cache: ExpertCache,
+    memory: PolicyMemory,
+    layer: Layer,
+    ahead: Ahead,
+    kv: Any = None,
+) -> tuple[jax.Array, ExpertCache, PolicyMemory, Any, LayerTrace]:
+    """`apply` with experts from a given supply: replays give one that moves and computes nothing.
+
+    This is all that decides what is resident, fetched, evicted and prefetched.
+    """
+    observed = supply.policy.evictor.observe
     work = _Work(supply, ahead, layer, access(layer), cache)
-    memory = dataclasses.replace(memory, evictor=policy.evictor.observe(memory.evictor, work.used))
+    memory = dataclasses.replace(memory, evictor=observed(memory.evictor, work.used))
     y, shelf, memory, kv, trace = work.run(memory, kv)
     return y, supply.close(cache, shelf), memory, kv, trace
 
@@ -216,8 +236,7 @@ class _Work:
         """The rows with those of the experts `low` [E], run from their low-bit copies."""
         if self.layer.routing.low is None:
             return rows
-        index, copies = jnp.where(low, self.supply.ids(), -1), self.supply.store.low
-        return kernels.experts(copies.layout, copies.records, index, plan, self.layer.x, rows)[1]
+        return self.supply.from_copies(low, plan, self.layer.x, rows)
 
     def _bring(
         self, shelf: Shelf, memory: PolicyMemory, rows: jax.Array, missed: jax.Array | None
@@ -371,4 +390,8 @@ class _Work:
             predicted_right=account.right,
             prefetch_used=account.used,
             forecast=account.wanted,
+            resident=there,
+            fresh=account.fresh & needed,
+            hosted=host,
+            lowered=low & needed,
         )

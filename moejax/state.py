@@ -151,6 +151,14 @@ class StepTrace:
     prefetch_used: jax.Array  # [L] i32, records copied ahead that were used here, the first time
     scores: jax.Array | None  # [L, N, E] f32, full router scores when recording them
     forecast: jax.Array | None  # [L, E] bool, what had been predicted, when recording scores
+    # Likewise: what was resident when the layer began, what of it was used for the first time since
+    # a prefetch brought it, and what ran on the host or from low-bit copies; the picks of the
+    # model's own router.
+    resident: jax.Array | None = None  # [L, E] bool
+    fresh: jax.Array | None = None  # [L, E] bool
+    hosted: jax.Array | None = None  # [L, E] bool
+    lowered: jax.Array | None = None  # [L, E] bool
+    exact: jax.Array | None = None  # [L, N, K] i32
 
 
 @pytree

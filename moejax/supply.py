@@ -219,6 +219,11 @@ class Supply:
         )
         return dataclasses.replace(shelf, source=source)
 
+    def from_copies(self, chosen: jax.Array, plan: Any, x: jax.Array, rows: jax.Array) -> jax.Array:
+        """Run the experts `chosen` [E] from their low-bit copies."""
+        index, copies = jnp.where(chosen, self.ids(), -1), self.store.low
+        return kernels.experts(copies.layout, copies.records, index, plan, x, rows)[1]
+
     def on_host(
         self, shelf: Shelf, chosen: jax.Array, plan: Any, x: jax.Array, rows: jax.Array
     ) -> jax.Array:
