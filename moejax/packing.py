@@ -1,6 +1,6 @@
 """Many small results of a program as one array: each array that goes to the host costs 10 us."""
 
-import math
+import functools
 from typing import Any
 
 import jax
@@ -20,13 +20,19 @@ class Packed:
 
     def unpacked(self) -> Any:
         """The pytree, of NumPy arrays on the host."""
-        bits, found, start = np.asarray(self.bits), [], 0
-        for shape, dtype in self.leaves:
-            size = math.prod(shape)
-            part, start = bits[start : start + size], start + size
-            part = part.astype(bool) if dtype == "bool" else part.view(dtype)
-            found.append(part.reshape(shape))
+        record = np.asarray(self.bits).view(_record(self.leaves))[0]
+        found = [
+            record[i].astype(bool) if dtype == "bool" else record[i]
+            for i, (_, dtype) in enumerate(self.leaves)
+        ]
         return jax.tree.unflatten(self.tree, found)
+
+
+@functools.cache
+def _record(leaves: tuple[tuple[tuple[int, ...], str], ...]) -> np.dtype:
+    """All leaves as one type: 20 views of parts take longer than a plain step's bookkeeping."""
+    kinds = [("u4" if dtype == "bool" else dtype, shape) for shape, dtype in leaves]
+    return np.dtype([(str(i), *kind) for i, kind in enumerate(kinds)])
 
 
 def pack(values: Any) -> Packed:

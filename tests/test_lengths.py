@@ -10,12 +10,12 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from moejax.cycle_costs import LiveCycles
 from moejax.errors import PolicyError
 from moejax.lengths import (
     Cycle,
     CycleCosts,
     FixedLength,
-    LiveCycles,
     LiveLength,
     expected_ms,
     expected_tokens,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -315,6 +316,19 @@ def test_costs_are_those_of_the_latest_steps():
     assert (costs.load_us, costs.host_us) == (200, 70)
     assert (float(chosen.placement.load), float(chosen.placement.host)) == (200, 70)
     assert isinstance(chosen.placement, TwoPointer) and chosen.placement.load.dtype == jnp.float32
+
+
+def test_costs_are_renewed_at_first_often_then_seldom():
+    link, chosen = Link(), policy("auto:gamma=0")
+    costs, renewed = Costs(chosen, link), []
+    for step in range(1, 33):
+        link.add(busy_us=100 * step, landed=1)
+        before, chosen = chosen, costs.learn(chosen, 1e-3)
+        renewed += [step] if chosen is not before else []
+    assert renewed == [1, 2, 4, 8, 16, 24, 32]
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(chosen.placement))
+    each = costs.load_us  # of the last records: 1 ms of a step over it
+    assert float(chosen.foresight.rate) == pytest.approx(1000 / each)
 
 
 @pytest.mark.parametrize("name", ["smoe", "lru", "host", "bandwidth", "smoe-released"])
