@@ -225,9 +225,7 @@ class Cycles:
         speculation = self.target.policy.speculation
         self.live.renewed += self.live.since
         self.live.since = 0
-        # As device arrays: numbers on the host would be sent there with every cycle.
-        costs = jax.device_put(self.live.costs.costs())
-        lengths = speculation.lengths.with_costs(costs)
+        lengths = speculation.lengths.with_costs(self.live.costs.costs())
         speculation = dataclasses.replace(speculation, lengths=lengths)
         policy = dataclasses.replace(self.target.policy, speculation=speculation)
         self.target = dataclasses.replace(self.target, policy=policy)

@@ -4,7 +4,6 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from moejax.errors import InputError, PolicyError
@@ -63,8 +62,7 @@ class Costs:
         if each and hasattr(policy.foresight, "with_rate"):
             rate = each * 1e6 / max(self._costs.load, 1.0)
             parts["foresight"] = policy.foresight.with_rate(rate)
-        # As device arrays: numbers on the host would be sent there with every step.
-        return dataclasses.replace(policy, **jax.device_put(parts))
+        return dataclasses.replace(policy, **parts)
 
     @property
     def load_us(self) -> float | None:
