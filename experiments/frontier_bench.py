@@ -11,15 +11,15 @@ from experiments import speculation_common as runs
 from experiments.smoe_common import Text, with_policy
 from experiments.speculation_common import Generation
 from moejax.drafters import completed
-from moejax.foresight import NoForesight, Promote
+from moejax.foresight import Lookahead, NoForesight
 from moejax.lengths import FixedLength
 from moejax.policy import Policy, policy
 from moejax.prediction import NoPrediction
 
 FRONTIER = 0.5  # residency of the frontier of time and loss, beside the claim's own
 POOL = 0.75  # of the pool that all residencies are parts of
-PARTS = ("lookahead", "promotion", "live length")  # of `auto`, which ablations leave out
-AUTO = "auto without {}"
+# `auto` without one of its parts, or with one that it does not have.
+ABLATIONS = ("auto without promotion", "auto without live length", "auto with lookahead")
 GAMMA = 2  # instead of the live length
 NO_PREFETCH = "smoe without prefetch"
 
@@ -75,9 +75,8 @@ class Bench:
 
 def named(name: str) -> Policy:
     """The preset with the costs of the link, where it has such numbers, or a variant of one."""
-    for part in PARTS:
-        if name == AUTO.format(part):
-            return without(part)
+    if name in ABLATIONS:
+        return ablated(name)
     if name == NO_PREFETCH:
         return dataclasses.replace(named("smoe"), predictor=NoPrediction())
     load, host = runs.LOAD_US / 1e3, runs.HOST_US / 1e3
@@ -96,14 +95,15 @@ def named(name: str) -> Policy:
     return policy(name + extra.get(name, ""))
 
 
-def without(part: str) -> Policy:
-    """`auto` without one of its PARTS."""
+def ablated(name: str) -> Policy:
+    """One of the ABLATIONS."""
     made = named("auto")
-    if part == "live length":
+    if name.endswith("live length"):
         lengths = FixedLength(gamma=jnp.int32(GAMMA))
         speculation = dataclasses.replace(made.speculation, lengths=lengths)
         return dataclasses.replace(made, speculation=speculation)
-    instead = Promote(rate=made.foresight.rate) if part == "lookahead" else NoForesight()
+    ahead = name.endswith("lookahead")
+    instead = Lookahead(rate=made.foresight.rate) if ahead else NoForesight()
     return dataclasses.replace(made, foresight=instead)
 
 

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from experiments import frontier_lossy as lossy
 from experiments import smoe_common as common
-from experiments.frontier_bench import AUTO, FRONTIER, PARTS, Bench, in_ms, named
+from experiments.frontier_bench import ABLATIONS, FRONTIER, Bench, in_ms, named
 from experiments.smoe_common import Text, gap_closed
 from moejax.foresight import NoForesight
 from moejax.policy import Policy
@@ -41,7 +41,7 @@ SUMMARY = (0.25, 0.5, 0.75)  # residencies of the claim
 EXACT = (
     *("lru", "score-window:window=32", "decayed-lfu", "host", "balanced", "hybrimoe"),
     *("specmoe", "self-draft", "lookup", "sp-moe", "sp-moe-self", "moe-spac"),
-    *("auto:gamma=0", "auto", *map(AUTO.format, PARTS)),
+    *("auto:gamma=0", "auto", *ABLATIONS),
 )
 GAMMAS = (0, 1, 2, 4, 8)
 SWEPT = ("self-draft", "lookup", "sp-moe", "sp-moe-self")
