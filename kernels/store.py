@@ -46,6 +46,33 @@ class _Stats(ctypes.Structure):
     _fields_ = [(field.name, ctypes.c_int64) for field in dataclasses.fields(StoreStats)]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Events:
+    """What a store moved and the host computed, in the order in which it was complete.
+
+    Times are microseconds of `clock_us`. Experts that the host computed together have those of
+    all of them: the beginning of the first and the end of the last.
+    """
+
+    expert: np.ndarray  # [R] i32, id, -1 = unknown
+    requested_us: np.ndarray  # [R] f64
+    begun_us: np.ndarray  # [R] f64, when the link or the host began
+    landed_us: np.ndarray  # [R] f64, when it was complete; a paced link knows it ahead
+    kind: np.ndarray  # [R] u8, `transport.Kind` of a record when it was begun, or HOST
+    dropped: int  # earlier events that the log had no room for
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """The arrays by name."""
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in found.items() if name != "dropped"}
+
+
+HOST = 2  # kind of an event: an expert computed on the host
+EVENT = np.dtype(
+    [(n, "i8") for n in ("requested", "begun", "landed")] + [("expert", "i4")] + [("kind", "i4")]
+)
+
+
 class Store:
     """Records behind a link, until it is closed; not while a program that uses it runs."""
 
@@ -157,6 +184,41 @@ class Store:
             raise ValueError("the store is closed")
         return StoreStats(**{name: getattr(stats, name) for name, _ in _Stats._fields_})
 
+    def log(self, capacity: int) -> None:
+        """Log what is moved and computed from now on, the last `capacity` of it; 0 = no longer.
+
+        It takes 32 bytes for each and forgets what it had logged before.
+
+        Raises:
+            MoejaxError: there is not so much memory.
+        """
+        if not 0 <= capacity < 2**31:
+            raise ValueError(f"the capacity must fit an i32 and not be negative, got {capacity}")
+        done = native_library().moejax_store_log(self.handle, capacity)
+        if done == 0:
+            raise ValueError("the store is closed")
+        if done < 0:
+            raise MoejaxError(f"no memory for a log of {capacity} events: give less")
+
+    def events(self, *, reset: bool = False) -> Events:
+        """What was logged; with `reset`, the log is empty after it and goes on."""
+        native, dropped = native_library(), ctypes.c_int64()
+        size = native.moejax_store_event_count(self.handle)
+        found = np.empty(max(size, 0), EVENT)
+        arguments = (found.ctypes.data, size, reset, ctypes.byref(dropped))
+        size = native.moejax_store_events(self.handle, *arguments)
+        if size < 0:
+            raise ValueError("the store is closed")
+        found = found[:size]
+        found = found[np.argsort(found["landed"], kind="stable")]
+        times = {f"{name}_us": found[name] / 1e3 for name in ("requested", "begun", "landed")}
+        return Events(
+            expert=found["expert"].copy(),
+            kind=found["kind"].astype(np.uint8),
+            dropped=dropped.value,
+            **times,
+        )
+
     def last_error(self) -> str:
         """Message of the last record that could not be delivered, or ''."""
         return _last_error(native_library(), self.handle) if self._finalizer.alive else ""
@@ -182,9 +244,21 @@ def native_library() -> ctypes.CDLL:
     native.moejax_store_close.argtypes = [i32]
     native.moejax_store_close.restype = None
     native.moejax_store_stats.argtypes = [i32, i32, address]
+    native.moejax_store_log.argtypes = [i32, i64]
+    native.moejax_store_event_count.argtypes = [i32]
+    native.moejax_store_event_count.restype = i64
+    native.moejax_store_events.argtypes = [i32, address, i64, i32, address]
+    native.moejax_store_events.restype = i64
+    native.moejax_clock_us.argtypes = []
+    native.moejax_clock_us.restype = f64
     native.moejax_store_last_error.argtypes = [i32, text, i64]
     native.moejax_store_last_error.restype = None
     return native
+
+
+def clock_us() -> float:
+    """Now, in microseconds of the clock of the events: monotonic, of any origin."""
+    return native_library().moejax_clock_us()
 
 
 def _last_error(native: ctypes.CDLL, handle: int) -> str:

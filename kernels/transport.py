@@ -213,14 +213,22 @@ def host_begin(handle: jax.Array, after: jax.Array) -> jax.Array:
     return call(_scalar("handle", handle), after)
 
 
-def host_end(handle: jax.Array, count: jax.Array, after: jax.Array) -> jax.Array:
+def host_end(
+    handle: jax.Array,
+    count: jax.Array,
+    after: jax.Array,
+    experts: jax.Array | None = None,
+) -> jax.Array:
     """The host has computed `count` [] i32 experts; returns a token [1] i32, a Status.
 
     Waits until `host_us` of the store has passed for each of them since the last `host_begin`.
     Without such a beginning, or without experts, there is nothing to wait for or to count.
+    experts [M] i32 (-1 = none) says which they were, for the log of the store only.
     """
+    experts = jnp.full(1, -1, jnp.int32) if experts is None else experts
+    _vector("experts", experts, jnp.int32)
     call = _call("moejax_host_end", jax.ShapeDtypeStruct((1,), jnp.int32))
-    return call(_scalar("handle", handle), _scalar("count", count), after)
+    return call(_scalar("handle", handle), _scalar("count", count), experts, after)
 
 
 def _call(name: str, out: object, aliases: dict[int, int] | None = None):

@@ -236,7 +236,8 @@ class Supply:
             x = _behind(x, transport.host_begin(link, jnp.stack(before)))
         _, rows = kernels.experts(self.store.layout, self.store.records, index, plan, x, rows)
         if link is not None:
-            rows = _behind(rows, transport.host_end(link, chosen.sum(dtype=jnp.int32), rows))
+            count = chosen.sum(dtype=jnp.int32)
+            rows = _behind(rows, transport.host_end(link, count, rows, index))
         return rows
 
     def compute(

@@ -58,6 +58,8 @@ struct Read {
   int32_t error;
   int32_t* result;    // of a waiting commit
   int32_t* waiting;   // reads that it still waits for
+  int64_t requested;  // ns; for the log
+  int64_t begun = 0;
 };
 
 class DiskStore final : public Store {
@@ -79,7 +81,7 @@ class DiskStore final : public Store {
   bool read_together(const std::deque<Read>& batch, std::unique_ptr<Mapping>* bounce);
   void read_alone(Read* read, std::string* message);
   void finish(const std::deque<Read>& batch);
-  int32_t claim(int32_t expert, const char* slot);
+  int32_t claim(int32_t expert, const char* slot, int64_t* requested);
 
   const std::string path_;
   const int64_t data_offset_;
@@ -156,6 +158,10 @@ void DiskStore::read_loop() {
     work_.wait(lock, [&] { return stopping_ || !slot_reads_.empty() || table_.queued() > 0; });
     if (stopping_) return;
     take_batch(&batch);
+    if (log_.on()) {
+      const int64_t now = clock_ns();
+      for (Read& read : batch) read.begun = now;
+    }
     if (active_++ == 0) active_since_ = clock_ns();
     lock.unlock();
     read_batch(&batch, &bounce, &message);
@@ -171,7 +177,9 @@ void DiskStore::read_loop() {
 
 Read DiskStore::landing_read(int32_t index) {
   table_.begin(index);
-  return {table_[index].expert, buffers_.data() + index * stride_, index, kNone, nullptr, nullptr};
+  const Landing& landing = table_[index];
+  return {landing.expert, buffers_.data() + index * stride_, index, kNone, nullptr, nullptr,
+          landing.requested};
 }
 
 // The most urgent read, with those of the same urgency that follow or precede it in the file.
@@ -285,10 +293,15 @@ void DiskStore::read_alone(Read* read, std::string* message) {
 
 void DiskStore::finish(const std::deque<Read>& batch) {
   stats_.direct = direct_;
+  const int64_t now = log_time();
   for (const Read& read : batch) {
     if (read.error == kNone) {
       ++stats_.landed;
       stats_.bytes += record_bytes_;
+    }
+    if (read.error == kNone && log_.on()) {
+      const Kind kind = read.landing >= 0 ? table_[read.landing].kind : Kind::kDemand;
+      log_.add({read.requested, read.begun, now, read.expert, static_cast<int32_t>(kind)});
     }
     if (read.landing >= 0) {
       table_[read.landing].stage = Stage::kLanded;
@@ -301,7 +314,8 @@ void DiskStore::finish(const std::deque<Read>& batch) {
 }
 
 // The buffer in which a record has landed or will; -1 = it is to be read straight into its slot.
-int32_t DiskStore::claim(int32_t expert, const char* slot) {
+// `requested`, now, becomes the time of an earlier request that it takes over.
+int32_t DiskStore::claim(int32_t expert, const char* slot, int64_t* requested) {
   int32_t index = table_.find(expert);
   const bool claimed = index >= 0 && table_[index].claimed;
   const bool begun = index >= 0 && table_[index].stage != Stage::kQueued;
@@ -311,11 +325,13 @@ int32_t DiskStore::claim(int32_t expert, const char* slot) {
   if (index < 0 || claimed) ++stats_.requested;
   if (claimed) return -1;
   if (index >= 0 && !begun && reachable) {
+    *requested = table_[index].requested;
     table_.release(index);
     return -1;
   }
   if (index < 0 && !reachable && table_.spare()) {
     index = table_.admit(expert, Kind::kDemand, &stats_);
+    table_[index].requested = *requested;
   }
   if (index < 0) return -1;
   if (!begun) table_.promote(index);
@@ -336,11 +352,12 @@ CommitResult DiskStore::commit(const std::vector<Placement>& placements, const C
   std::unique_lock<std::mutex> lock(mutex_);
   for (size_t i = 0; i < placements.size(); ++i) {
     const auto [expert, slot] = placements[i];
-    if (const int32_t index = claim(expert, slot); index >= 0) {
+    int64_t requested = log_time();
+    if (const int32_t index = claim(expert, slot, &requested); index >= 0) {
       expected.push_back({index, slot, &errors[i]});
       continue;
     }
-    slot_reads_.push_back({expert, slot, -1, kNone, &errors[i], &waiting});
+    slot_reads_.push_back({expert, slot, -1, kNone, &errors[i], &waiting, requested});
     ++waiting;
   }
   wake();

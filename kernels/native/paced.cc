@@ -24,12 +24,13 @@ class PacedStore final : public Store {
 
  private:
   struct Transfer {
+    int32_t expert;
     int64_t requested;
     int64_t done = 0;  // ns; 0 = not begun
   };
   void advance() override;
   void wake() override { advance(); }
-  int64_t begin(int64_t requested);
+  int64_t begin(int32_t expert, Kind kind, int64_t requested);
 
   const char* const base_;
   const double transfer_ns_;
@@ -40,16 +41,18 @@ class PacedStore final : public Store {
   std::deque<Transfer*> demanded_;  // by waiting commits, without a landing buffer
 };
 
-int64_t PacedStore::begin(int64_t requested) {
+int64_t PacedStore::begin(int32_t expert, Kind kind, int64_t requested) {
   double transfer = transfer_ns_;
   if (jitter_ns_ > 0) transfer += jitter_ns_ * static_cast<double>(random_() >> 11) * 0x1p-53;
   const int64_t taken = static_cast<int64_t>(transfer);
-  free_ = std::max(free_, requested) + taken;
+  const int64_t begun = std::max(free_, requested);
+  free_ = begun + taken;
   busy_ns_ += taken;
   stats_.busy_us += busy_ns_ / 1000;
   busy_ns_ %= 1000;
   ++stats_.landed;
   stats_.bytes += record_bytes_;
+  if (log_.on()) log_.add({requested, begun, free_, expert, static_cast<int32_t>(kind)});
   return free_;
 }
 
@@ -58,13 +61,14 @@ void PacedStore::advance() {
   const int64_t now = clock_ns();
   while (free_ <= now) {
     if (!demanded_.empty()) {
-      demanded_.front()->done = begin(demanded_.front()->requested);
+      Transfer* const first = demanded_.front();
+      first->done = begin(first->expert, Kind::kDemand, first->requested);
       demanded_.pop_front();
     } else if (const int32_t index = table_.next_queued(); index >= 0) {
       Landing& landing = table_[index];
       if (landing.time == 0) landing.time = now;
       table_.begin(index);
-      landing.time = begin(landing.time);
+      landing.time = begin(landing.expert, landing.kind, landing.time);
     } else {
       break;
     }
@@ -95,7 +99,7 @@ CommitResult PacedStore::commit(const std::vector<Placement>& placements, const 
       expected.push_back(index);
     } else {
       ++stats_.requested;
-      transfers.push_back({clock_ns()});
+      transfers.push_back({expert, clock_ns()});
       demanded_.push_back(&transfers.back());
     }
   }

@@ -214,6 +214,7 @@ Store::Store(int64_t record_bytes, int32_t records, int32_t buffers, double host
 void Store::request(const int32_t* experts, int32_t count, Kind kind) {
   std::lock_guard<std::mutex> lock(mutex_);
   advance();
+  const int64_t now = log_time();
   for (int32_t i = 0; i < count; ++i) {
     if (experts[i] < 0 || experts[i] >= records_) continue;
     int32_t index = table_.find(experts[i]);
@@ -223,7 +224,10 @@ void Store::request(const int32_t* experts, int32_t count, Kind kind) {
       index = -1;
     }
     if (index < 0) {
-      stats_.requested += table_.admit(experts[i], kind, &stats_) >= 0;
+      index = table_.admit(experts[i], kind, &stats_);
+      if (index < 0) continue;
+      ++stats_.requested;
+      table_[index].requested = now;
       continue;
     }
     table_[index].stale = false;
@@ -259,7 +263,7 @@ void Store::host_begin() {
   host_since_ = clock_ns();
 }
 
-void Store::host_end(int64_t count) {
+void Store::host_end(int64_t count, const int32_t* experts, int64_t size) {
   std::unique_lock<std::mutex> lock(mutex_);
   const int64_t since = host_since_;
   host_since_ = 0;
@@ -267,8 +271,36 @@ void Store::host_end(int64_t count) {
   lock.unlock();  // requests and commits go on meanwhile
   sleep_until(since + static_cast<int64_t>(std::min(kLongestNs, count * host_us_ * 1e3)));
   lock.lock();
-  stats_.host_us += (clock_ns() - since) / 1000;
+  const int64_t now = clock_ns();
+  stats_.host_us += (now - since) / 1000;
   stats_.host_experts += count;
+  if (!log_.on()) return;
+  for (int64_t i = 0; i < size && count > 0; ++i) {
+    if (experts[i] < 0) continue;
+    log_.add({since, since, now, experts[i], kHostEvent});
+    --count;
+  }
+  for (; count > 0; --count) log_.add({since, since, now, -1, kHostEvent});
+}
+
+void Store::log(int64_t capacity) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  advance();  // what a paced link has begun until now is not of the log
+  log_.start(capacity, clock_ns());
+}
+
+int64_t Store::event_count() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  advance();
+  return log_.size();
+}
+
+int64_t Store::events(Event* to, int64_t count, bool restart, int64_t* dropped) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  *dropped = log_.dropped();
+  const int64_t taken = log_.copy(to, count);
+  if (restart) log_.forget(taken);
+  return taken;
 }
 
 Stats Store::read_stats(bool reset) {
@@ -338,6 +370,35 @@ MOEJAX_EXPORT int32_t moejax_store_stats(int32_t handle, int32_t reset, moejax::
   *stats = store->read_stats(reset != 0);
   return 1;
 }
+
+// Switches the log of events on with a capacity, or off with 0. 1; 0 without such a store, -1 without
+// the memory.
+MOEJAX_EXPORT int32_t moejax_store_log(int32_t handle, int64_t capacity) {
+  const auto store = moejax::find_store(handle);
+  if (!store) return 0;
+  try {
+    store->log(capacity);
+  } catch (const std::exception&) {
+    return -1;
+  }
+  return 1;
+}
+
+// How many events there are; -1 without such a store.
+MOEJAX_EXPORT int64_t moejax_store_event_count(int32_t handle) {
+  const auto store = moejax::find_store(handle);
+  return store ? store->event_count() : -1;
+}
+
+// How many of the events were copied, at most `size`; -1 without such a store.
+MOEJAX_EXPORT int64_t moejax_store_events(int32_t handle, moejax::Event* events, int64_t size,
+                                          int32_t restart, int64_t* dropped) {
+  const auto store = moejax::find_store(handle);
+  return store ? store->events(events, size, restart != 0, dropped) : -1;
+}
+
+// Now, in microseconds of the clock of the events.
+MOEJAX_EXPORT double moejax_clock_us() { return moejax::clock_ns() * 1e-3; }
 
 // Copies the last message of a store, or of the last failed opening for handle 0, cut to `size`.
 MOEJAX_EXPORT void moejax_store_last_error(int32_t handle, char* text, int64_t size) {

@@ -12,7 +12,12 @@
 #include <string>
 #include <vector>
 
+#include "events.h"
+
 namespace moejax {
+
+// Monotonic time.
+int64_t clock_ns();
 
 enum Error : int32_t {
   kNone = 0,
@@ -76,6 +81,7 @@ struct Landing {
   int32_t error = kNone;
   int64_t order = 0;  // of the request
   int64_t time = 0;   // ns; paced link: of the request while queued, then of completion
+  int64_t requested = 0;  // ns; 0 = before the log of events was on
 };
 
 // Which landing buffer holds what. Not thread-safe.
@@ -128,7 +134,14 @@ class Store {
   // The host computes experts from now on, whatever it began before.
   void host_begin();
   // It has computed `count` of them. Returns when it may have: host_us each after it began.
-  void host_end(int64_t count);
+  // `experts` [size] names them, for the log; those below 0 are none.
+  void host_end(int64_t count, const int32_t* experts = nullptr, int64_t size = 0);
+
+  // Logs what is moved and computed from now on, the last `capacity` of it; 0 = no longer.
+  void log(int64_t capacity);
+  int64_t event_count();
+  // Copies up to `count` events, the oldest first, and says how many; `restart` forgets these.
+  int64_t events(Event* to, int64_t count, bool restart, int64_t* dropped);
 
   Stats read_stats(bool reset);
   std::string last_error();
@@ -141,6 +154,8 @@ class Store {
   virtual void advance() {}
   virtual void wake() {}
   void settle(const CommitResult& result);
+  // Of the log's clock, which nobody reads while it is off.
+  int64_t log_time() const { return log_.on() ? clock_ns() : 0; }
 
   const int64_t record_bytes_;
   const int32_t records_;
@@ -149,6 +164,7 @@ class Store {
   int64_t host_since_ = 0;  // ns; 0 = not computing
   LandingTable table_;
   Stats stats_;
+  EventLog log_;
   std::string last_error_;
 };
 
@@ -181,8 +197,6 @@ std::shared_ptr<Store> open_paced(const PacedOptions& options);
 
 constexpr double kLongestNs = 1e18;  // of a transfer or of work: times must not overflow
 
-// Monotonic time.
-int64_t clock_ns();
 // Returns then or a few microseconds later: sleeps at first, but not to the end.
 void sleep_until(int64_t time);
 

@@ -262,10 +262,12 @@ ffi::Error host_begin(Int handle, ffi::AnyBuffer, Result<Ints> token) {
   return ffi::Error::Success();
 }
 
-ffi::Error host_end(Int handle, Int count, ffi::AnyBuffer, Result<Ints> token) {
+ffi::Error host_end(Int handle, Int count, Ints experts, ffi::AnyBuffer, Result<Ints> token) {
   const auto store = find_store(handle.typed_data()[0]);
   token->typed_data()[0] = store ? kNone : kNoStore;
-  if (store) store->host_end(count.typed_data()[0]);
+  if (store) {
+    store->host_end(count.typed_data()[0], experts.typed_data(), experts.element_count());
+  }
   return ffi::Error::Success();
 }
 
@@ -339,4 +341,9 @@ MOEJAX_HANDLER(moejax_host_begin, moejax::host_begin,
                ffi::Ffi::Bind().Arg<Int>().Arg<ffi::AnyBuffer>().Ret<Ints>());
 
 MOEJAX_HANDLER(moejax_host_end, moejax::host_end,
-               ffi::Ffi::Bind().Arg<Int>().Arg<Int>().Arg<ffi::AnyBuffer>().Ret<Ints>());
+               ffi::Ffi::Bind()
+                   .Arg<Int>()
+                   .Arg<Int>()
+                   .Arg<Ints>()
+                   .Arg<ffi::AnyBuffer>()
+                   .Ret<Ints>());
