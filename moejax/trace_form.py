@@ -1,0 +1,164 @@
+"""What a trace is made of: its columns, their codes, and the checks that they pass."""
+
+import enum
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moejax.errors import InputError
+
+FORMAT, VERSION = "moejax-trace", 1
+MOST_EXPERTS = np.iinfo(np.int16).max
+
+
+class Phase(enum.IntEnum):
+    """What a pass was for."""
+
+    PREFILL = 0
+    DECODE = 1
+    DRAFT = 2
+    VERIFY = 3
+
+
+class Outcome(enum.IntEnum):
+    """Where the expert of a pick was when its layer began, in the run that was recorded."""
+
+    UNKNOWN = 0
+    HIT = 1
+    MISS = 2  # moved over the link
+    PREFETCHED = 3  # a hit thanks to a prefetch, its first use
+    HOST = 4  # a miss computed on the host
+    SUBSTITUTE = 5  # stands in for an expert that the model's own router chose
+    LOW = 6  # run from its low-bit copy
+
+
+# The type of each column and its dimensions: see `Trace`, and R reads, M greatest scores.
+COLUMNS = {
+    "sequence": ("i4", "N"),
+    "position": ("i4", "N"),
+    "run": ("i4", "N"),
+    "phase": ("u1", "N"),
+    "token": ("i4", "N"),
+    "accepted": ("?", "N"),
+    "picks": ("i2", "NLK"),
+    "weights": ("f4", "NLK"),
+    "scores": ("f2", "NLE"),
+    "top_ids": ("i2", "NLM"),
+    "top_scores": ("f2", "NLM"),
+    "outcome": ("u1", "NLK"),
+    "exact": ("i2", "NLK"),
+    "resident": ("?", "PLE"),
+    "began": ("f8", "P"),
+    "seconds": ("f8", "P"),
+}
+NEEDED = tuple(COLUMNS)[:7]
+READS = {
+    "expert": ("i4", "R"),
+    "requested_us": ("f8", "R"),
+    "begun_us": ("f8", "R"),
+    "landed_us": ("f8", "R"),
+    "kind": ("u1", "R"),
+    "run": ("i4", "R"),
+}
+COUNT = (("i4", "PL"), ("f4", "PL"))  # numbers of experts, and sums of router weight
+
+
+def check_array(name: str, array: Any, form: Sequence[tuple[str, str]], sizes: dict) -> None:
+    """`check_column` of an array; InputError if it is none."""
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{name} of a trace must be a NumPy array, not {type(array).__name__}")
+    check_column(name, array.dtype, array.shape, form, sizes)
+
+
+def check_column(
+    name: str,
+    dtype: np.dtype,
+    shape: tuple[int, ...],
+    form: Sequence[tuple[str, str]],
+    sizes: dict[str, int],
+) -> None:
+    """Raise InputError unless a column has one of the types, and the shape that `sizes` give.
+
+    A size that is not known yet is noted.
+    """
+    types, dimensions = [np.dtype(kind) for kind, _ in form], form[0][1]
+    if dtype not in types:
+        wanted = " or ".join(map(str, types))
+        raise InputError(f"{name} of a trace must be {wanted}, not {dtype}")
+    alike = len(shape) == len(dimensions)
+    if alike:
+        known = [sizes.setdefault(d, n) for d, n in zip(dimensions, shape, strict=True)]
+        alike = list(shape) == known
+    if not alike:
+        wanted = ", ".join(f"{d}={sizes[d]}" if d in sizes else d for d in dimensions)
+        raise InputError(f"{name} of a trace must be [{wanted}], not {list(shape)}")
+
+
+def check_form(trace: Any) -> None:
+    if not isinstance(trace.experts, int) or not 0 < trace.experts <= MOST_EXPERTS:
+        raise InputError(f"a trace has 1 to {MOST_EXPERTS} experts, not {trace.experts!r}")
+    sizes = {"E": trace.experts}
+    if missing := [name for name in NEEDED if getattr(trace, name) is None]:
+        raise InputError(f"a trace must have {', '.join(missing)}")
+    check_array("run", trace.run, [COLUMNS["run"]], sizes)
+    if not len(trace.run):
+        raise InputError("the trace has no rows: record at least one token")
+    sizes["P"] = int(trace.run[-1]) + 1
+    for name, column in trace.columns().items():
+        check_array(name, column, [COLUMNS[name]], sizes)
+    if (trace.top_ids is None) != (trace.top_scores is None):
+        raise InputError("top_ids and top_scores of a trace belong together: give both")
+    if trace.began is not None and trace.seconds is None:
+        raise InputError("began of a trace needs seconds, too")
+    for name, count in trace.counts.items():
+        check_array(f"counts/{name}", count, COUNT, sizes)
+    if unknown := set(trace.reads) - set(READS):
+        raise InputError(f"unknown reads/{sorted(unknown)[0]}; known: {', '.join(READS)}")
+    for name, column in trace.reads.items():
+        check_array(f"reads/{name}", column, [READS[name]], sizes)
+    if 0 in (sizes["L"], sizes["K"], sizes.get("M", 1)):
+        raise InputError("a trace has at least one layer, one pick and one score")
+
+
+def check_rows(trace: Any) -> None:
+    steps = np.diff(trace.run)
+    if trace.run[0] != 0 or not np.isin(steps, (0, 1)).all():
+        raise InputError(
+            "the rows of a pass must be adjacent, and passes numbered from 0 without gaps"
+        )
+    changed = np.flatnonzero((steps == 0) & (np.diff(trace.phase.astype(int)) != 0))
+    if changed.size:
+        raise InputError(f"pass {trace.run[changed[0]]} has rows of several phases")
+    if trace.phase.max() > max(Phase):
+        raise InputError(f"phase {trace.phase.max()} is unknown")
+    for name, least in (("sequence", 0), ("position", 0), ("token", -1)):
+        lowest = getattr(trace, name).min()
+        if lowest < least:
+            raise InputError(f"{name} {lowest} of a trace is out of range")
+
+
+def check_values(trace: Any) -> None:
+    for name in ("picks", "top_ids", "exact"):
+        _check_ids(name, getattr(trace, name), trace.experts)
+    if trace.outcome is not None and trace.outcome.max() > max(Outcome):
+        raise InputError(f"outcome {trace.outcome.max()} is unknown")
+    floats = {name: getattr(trace, name) for name in ("weights", "scores", "top_scores")}
+    floats |= {f"counts/{n}": c for n, c in trace.counts.items() if c.dtype.kind == "f"}
+    floats |= {f"reads/{n}": c for n, c in trace.reads.items() if c.dtype.kind == "f"}
+    for name, column in floats.items():
+        if column is not None and not np.isfinite(column).all():
+            raise InputError(f"{name} of a trace hold NaN or infinity")
+    for name in ("began", "seconds"):
+        times = getattr(trace, name)
+        if times is not None and not (np.isfinite(times) & (times >= 0)).all():
+            raise InputError(f"{name} of a trace must be finite and not negative")
+    _check_ids("reads/expert", trace.reads.get("expert"), trace.layers * trace.experts)
+    _check_ids("reads/run", trace.reads.get("run"), trace.passes)
+
+
+def _check_ids(name: str, ids: np.ndarray | None, limit: int) -> None:
+    if ids is not None and ids.size and not -1 <= ids.min() <= ids.max() < limit:
+        raise InputError(
+            f"{name} of a trace must be in [-1, {limit}), not {ids.min()} to {ids.max()}"
+        )

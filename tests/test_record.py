@@ -1,0 +1,306 @@
+"""Recordings: the tokens of the unrecorded run, and outcomes that its counts bear out."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+from cli_models import write_model
+from typer.testing import CliRunner
+
+import moejax
+from moejax import record
+from moejax.errors import InputError, NonFiniteError, PolicyError
+from moejax.kernels import build
+from moejax.policy import policy
+from moejax.recorder import outcomes
+from moejax.trace import Outcome, Phase, Trace
+from moejax.trace_commands import app
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from experiments import record_traces  # noqa: E402
+
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5], [8]]
+NEW = 12
+needs_native = pytest.mark.skipif(build.library() is None, reason="no native kernels")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> pathlib.Path:
+    return write_model(tmp_path_factory.mktemp("models") / "model")
+
+
+@pytest.fixture(scope="module")
+def loaded(directory):
+    """The model under a policy, each loaded once."""
+    made = {}
+
+    def load(name, **options):
+        key = (name, *options.items())
+        if key not in made:
+            options = {"slots": 5, "context": 128, "virtual": True} | options
+            made[key] = moejax.load(directory, policy=name, **options)
+        return made[key]
+
+    return load
+
+
+def check_counts(trace: Trace) -> None:
+    """Hits and misses of each pass and layer follow from picks and residency; outcomes agree."""
+    for p in range(trace.passes):
+        rows = trace.rows_of(p)
+        for layer in range(trace.layers):
+            picks, kinds = trace.picks[rows, layer], trace.outcome[rows, layer]
+            used = set(picks[picks >= 0].tolist())
+            there = {e for e in used if trace.resident[p, layer, e]}
+            low = {e for e in used if (kinds[picks == e] == Outcome.LOW).any()}
+            count = {name: column[p, layer] for name, column in trace.counts.items()}
+            assert (count["needed"], count["hits"]) == (len(used), len(there - low))
+            for e in used:
+                [kind] = set(kinds[picks == e].tolist()) - {Outcome.SUBSTITUTE} or {Outcome.HIT}
+                assert (kind in (Outcome.HIT, Outcome.PREFETCHED)) == (e in there - low)
+            hosted = {e for e in used if (kinds[picks == e] == Outcome.HOST).any()}
+            assert count["host"] == len(hosted)
+            fresh = {e for e in used if (kinds[picks == e] == Outcome.PREFETCHED).any()}
+            if not (kinds == Outcome.SUBSTITUTE).any():
+                assert count["prefetch_used"] == len(fresh)
+            own = picks if trace.exact is None else trace.exact[rows, layer]
+            lost = (own[:, :, None] != picks[:, None, :]).all(axis=2)
+            assert count["replaced"] == lost.sum()
+
+
+@pytest.mark.parametrize(
+    ("name", "seen"),
+    [
+        ("lru", {Outcome.HIT, Outcome.MISS}),
+        ("smoe:alpha=0.6", set(Outcome) - {Outcome.UNKNOWN, Outcome.LOW}),
+    ],
+)
+def test_a_recording_is_of_the_run_that_it_records(loaded, name, seen):
+    runtime = loaded(name)
+    sampling = {"temperature": 0.9, "repetition_penalty": 1.3}
+    told = []
+    keep = record.Keep(residency=True)
+    options = {"max_new_tokens": NEW, "sampling": sampling, "seed": 3, "batch": 2, "keep": keep}
+    trace = record.record(runtime, PROMPTS, **options, progress=lambda *done: told.append(done))
+    assert told == [(2, 4), (4, 4)]
+    check_counts(trace)
+    assert seen <= set(np.unique(trace.outcome).tolist())
+    assert trace.passes == trace.began.size and (np.diff(trace.began) > 0).all()
+    assert (trace.exact is None) == runtime.policy.exact
+    # The same tokens as without recording: of the first group, which no experts stayed for.
+    written = runtime.generate(PROMPTS[:2], NEW, sampling, seed=3)
+    for b, completion in enumerate(written):
+        own = trace.of_sequences(b)
+        ids = [*PROMPTS[b], *(t.id for t in completion.tokens)]
+        assert own.token.tolist() == ids[:-1]  # the last one is never fed
+        assert own.position.tolist() == list(range(len(ids) - 1))
+        assert (own.phase == Phase.PREFILL).sum() == len(PROMPTS[b])
+    stats, first = runtime.stats, trace.between(0, 1 + runtime.stats.steps)
+    sums = {n: c[first.pass_phases() == Phase.DECODE].sum() for n, c in first.counts.items()}
+    assert (sums["needed"], sums["hits"]) == (stats.needed, stats.hits)
+    assert (sums["replaced"], sums["predicted"]) == (stats.replaced, stats.predicted)
+
+
+def test_given_tokens_are_fed_as_in_decoding(loaded):
+    """Against a loop of one's own, over steps and picks; lengths differ and a text ends early."""
+    runtime, rng = loaded("lru"), np.random.default_rng(0)
+    texts = [rng.integers(0, 50, n).tolist() for n in (9, 6, 8)]
+    trace = record.follow(runtime, texts, prompt=3, tokens=5, keep=record.Keep(scores=0))
+    assert trace.scores is None and trace.top_ids is None and trace.accepted.all()
+    state, row = runtime.init_state(), 0
+    for number, text in enumerate(texts):
+        state = moejax.decode.rewind(state, np.zeros(1))
+        chunks = [np.array(text[:3])] + [np.array([t]) for t in text[3:8]]
+        for n, chunk in enumerate(chunks):
+            padded = np.full((1, 64 if n == 0 else 1), -1, np.int32)
+            padded[0, : len(chunk)] = chunk
+            state, out = runtime.decode_step(state, padded)
+            picks = np.asarray(out.trace.picks)[:, : len(chunk)].swapaxes(0, 1)
+            rows = slice(row, row + len(chunk))
+            np.testing.assert_array_equal(trace.picks[rows], picks)
+            weights = np.asarray(out.trace.weights)[:, : len(chunk)].swapaxes(0, 1)
+            np.testing.assert_array_equal(trace.weights[rows], weights)
+            number_of = trace.run[row]
+            hits = trace.counts["hits"][number_of]
+            np.testing.assert_array_equal(hits, np.asarray(out.trace.hits))
+            assert (trace.sequence[rows] == number).all()
+            assert (trace.phase[rows] == (Phase.PREFILL if n == 0 else Phase.DECODE)).all()
+            row += len(chunk)
+    assert row == trace.rows
+
+
+def test_scores_are_the_routers_own(loaded):
+    runtime, text = loaded("lru"), [list(range(2, 14))]
+    whole = record.follow(runtime, text, prompt=4)
+    most = record.follow(runtime, text, prompt=4, keep=record.Keep(scores=3))
+    assert whole.scores.shape == (12, 2, 8) and most.scores is None
+    np.testing.assert_allclose(whole.scores.astype(float).sum(axis=2), 1, atol=4e-3)
+    state, out = runtime.decode_step(runtime.init_state(), np.array(text), scores=True)
+    own = np.asarray(out.trace.scores).swapaxes(0, 1)
+    np.testing.assert_allclose(whole.scores, own, atol=2e-2)
+    # Of the model's own router, the picks are the greatest scores.
+    best = np.argsort(-whole.scores.astype(np.float32), axis=2, kind="stable")
+    apart = np.abs(np.diff(-np.sort(-whole.scores.astype(np.float32), axis=2), axis=2)).min(2) > 0
+    np.testing.assert_array_equal(whole.picks[apart], best[apart][:, :2])
+    np.testing.assert_array_equal(most.top_ids[apart], best[apart][:, :3])
+    np.testing.assert_array_equal(
+        most.top_scores, np.take_along_axis(whole.scores, most.top_ids.astype(int), axis=2)
+    )
+
+
+def test_sequences_stop_where_they_would_and_a_last_group_may_be_smaller(loaded):
+    """Stop tokens are whatever the run without them made half-way."""
+    runtime, sampling = loaded("lru"), {"temperature": 0.9}
+    options = {"max_new_tokens": NEW, "sampling": sampling, "seed": 5}
+    free = [t.id for t in runtime.generate(PROMPTS[:1], **options)[0].tokens]
+    stopping = dataclasses.replace(runtime, generation_config={"eos_token_id": [free[4]]})
+    trace = record.record(
+        stopping, PROMPTS[:3], batch=2, keep=record.Keep(residency=True), **options
+    )
+    check_counts(trace)
+    written = stopping.generate(PROMPTS[:2], **options)
+    assert min(len(w.tokens) for w in written) < NEW
+    for b, completion in enumerate(written):
+        ids = [*PROMPTS[b], *(t.id for t in completion.tokens)]
+        assert trace.of_sequences(b).token.tolist() == ids[:-1]
+    third = trace.of_sequences(2)  # alone, but with the experts of those before it
+    assert third.resident[0].any() and third.position[0] == 0
+
+
+@needs_native
+def test_draft_windows_are_recorded_with_what_was_rejected(loaded):
+    runtime, sampling = loaded("lookup:gamma=2"), {"temperature": 0.2}
+    prompt = [[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6, 7], [3, 4, 3, 4, 3, 4]]
+    options = {"max_new_tokens": 20, "sampling": sampling, "seed": 1}
+    trace = record.record(runtime, prompt, **options, keep=record.Keep(residency=True))
+    check_counts(trace)
+    runtime.generate(prompt[:1], **options)
+    stats = runtime.stats
+    first = trace.of_sequences(0)
+    verified = first.of_phase(Phase.VERIFY)
+    assert verified.passes == stats.steps and Phase.DECODE not in set(first.phase)
+    assert verified.rows == stats.steps + stats.drafted and stats.accepted > 0
+    assert (~verified.accepted).sum() == stats.drafted - stats.accepted > 0
+    assert verified.counts["hits"].sum() == stats.hits
+    for b in (0, 1):
+        written = runtime.generate([prompt[b]], **options)[0]
+        own = trace.of_sequences(b)
+        ids = [*prompt[b], *(t.id for t in written.tokens)]
+        taken = own.token[own.accepted].tolist()
+        assert taken[: len(ids) - 1] == ids[: len(taken)]
+        places = own.position[own.accepted].tolist()
+        assert places == list(range(len(places)))
+    for p in range(verified.passes):  # a rejected draft is never followed by an accepted one
+        own = verified.accepted[verified.rows_of(p)]
+        assert own[0] and not (np.diff(own.astype(int)) > 0).any()
+
+
+@needs_native
+def test_reads_over_a_link_are_those_of_the_passes(directory):
+    records = moejax.load(directory).store.layout.stride
+    link = f"paced:{records / 20e3},10"
+    runtime = moejax.load(directory, slots=5, context=128, policy="lru", link=link)
+    trace = record.record(runtime, PROMPTS[:2], max_new_tokens=NEW)
+    reads = trace.reads
+    demanded = reads["kind"] == 0
+    fetched = np.bincount(reads["run"][demanded], minlength=trace.passes)
+    np.testing.assert_array_equal(fetched, trace.counts["fetched"].sum(axis=1))
+    # What missed is what came, pass by pass.
+    for p in range(trace.passes):
+        rows = trace.rows_of(p)
+        missed = np.argwhere(trace.outcome[rows] == Outcome.MISS)
+        wanted = {8 * layer + trace.picks[rows][n, layer, k] for n, layer, k in missed}
+        assert set(reads["expert"][reads["run"] == p].tolist()) == wanted
+    begun, ended = trace.began[reads["run"]], (trace.began + trace.seconds)[reads["run"]]
+    # The clocks of both are compared to a few microseconds.
+    assert (reads["requested_us"] >= begun * 1e6 - 50).all()
+    assert (reads["landed_us"] <= ended * 1e6 + 50).all()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_outcomes_by_hand(first):
+    """One token, one layer: experts 0 to 5 are hit, missed, prefetched, hosted, low, stand-in."""
+    mask = np.eye(6, dtype=bool)
+    resident = (mask[0] | mask[2] | mask[4] | mask[5])[None]
+    picks = np.array([[[0, 1, 2, 3, 4, 5, -1]]])
+    exact = np.array([[[0, 1, 2, 3, 4, 7, 8]]])
+    found = outcomes(picks, exact, resident, mask[2:3], mask[3:4], mask[4:5])
+    names = ("HIT", "MISS", "PREFETCHED", "HOST", "LOW", "SUBSTITUTE", "UNKNOWN")
+    assert found[0, 0].tolist() == [Outcome[name] for name in names]
+
+
+def test_what_cannot_be_recorded_is_refused(loaded, directory):
+    runtime = loaded("lru")
+    for texts in ([], "text", [[]], [[10**6]], [[1.5]]):
+        with pytest.raises(InputError):
+            record.record(runtime, texts, max_new_tokens=2)
+    for options in ({"max_new_tokens": 0}, {"batch": 0}, {"seed": -1}, {"max_new_tokens": 500}):
+        with pytest.raises(InputError):
+            record.record(runtime, [[1]], **options)
+    with pytest.raises(InputError, match="text 2 has 120 tokens"):
+        record.record(runtime, [[1], [1] * 120], max_new_tokens=10)
+    with pytest.raises(InputError, match="text 2 has 129 tokens"):
+        record.follow(runtime, [[1], [1] * 129])
+    with pytest.raises(InputError, match="8 experts"):
+        record.record(runtime, [[1]], keep=record.Keep(scores=9))
+    with pytest.raises(InputError, match="-1 scores"):
+        record.Keep(scores=-1)
+    with pytest.raises(InputError, match="prompt -1"):
+        record.follow(runtime, [[1, 2]], prompt=-1)
+    with pytest.raises(PolicyError, match="drafts"):
+        record.follow(dataclasses.replace(runtime, policy=policy("lookup")), [[1, 2]])
+    with pytest.raises(InputError, match="no experts"):
+        record.record(dataclasses.replace(runtime, policy=None, store=None), [[1]])
+    params = {**runtime.params, "final_norm": {"weight": runtime.params["final_norm"]["weight"]}}
+    params["final_norm"]["weight"] = params["final_norm"]["weight"] * np.nan
+    with pytest.raises(NonFiniteError):
+        record.record(dataclasses.replace(runtime, params=params), [[1]], max_new_tokens=2)
+
+
+def test_the_command_writes_what_it_recorded(directory, tmp_path):
+    rows = [{"turns": [t, "more"], "x": 1} for t in ("abc", "hello there", "not this")]
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    out, base = tmp_path / "trace.npz", ["--model", str(directory), "--slots", "5", "--json"]
+    texts = ["--dataset", str(tmp_path / "set.jsonl"), "--field", "turns", "--limit", "2"]
+    options = ["--tokens", "4", "--prompt-tokens", "2", "--top", "4", "--residency"]
+    done = CliRunner().invoke(app, ["record", str(out), *texts, *options, *base])
+    assert done.exit_code == 0, done.output
+    said, trace = json.loads(done.stdout), Trace.load(out)
+    assert said["rows"] == {"prefill": 4, "decode": trace.rows - 4} and said["bytes"] > 0
+    assert sum(said["outcomes"].values()) == pytest.approx(1)
+    assert trace.top_ids.shape[2] == 4 and trace.resident is not None
+    assert trace.about["policy"] == "lru" and trace.about["virtual"] and trace.about["slots"] == 5
+    assert trace.about["dataset"] == "set.jsonl" and trace.of_sequences(1).rows == 6
+    for wrong in (
+        ["--prompt-tokens", "3"],
+        ["text", "--tokens", "3", "--temperature", "1"],
+        ["--dataset", str(tmp_path / "set.jsonl"), "--field", "x"],
+        ["--dataset", str(tmp_path / "none.txt")],
+        ["--dataset", str(tmp_path / "set.csv")],
+        ["--limit", "3"],
+    ):
+        done = CliRunner().invoke(app, ["record", str(tmp_path / "no.npz"), *wrong, *base])
+        assert done.exit_code == 2 and not (tmp_path / "no.npz").exists()
+    done = CliRunner().invoke(app, ["record", str(tmp_path / "a" / "b.npz"), "text", *base])
+    assert done.exit_code == 2 and "folder that exists" in done.stderr
+
+
+def test_the_trace_that_is_shipped_is_of_the_embedded_model():
+    path = ROOT / "experiments" / "traces" / "tiny_held_out.npz"
+    trace = Trace.load(path)
+    assert trace.rows > 20_000 and path.stat().st_size < record_traces.MOST_BYTES
+    assert (path.parent / "README.md").read_text() == record_traces.readme(path, trace)
+    runtime = moejax.load("tiny", slots=76, virtual=True, context=192)
+    trace.check_model(runtime.config)
+    first = trace.of_sequences(0)
+    given = first.token[:192]
+    again = record.follow(runtime, [given], keep=record.Keep(scores=record_traces.SCORES))
+    # Other processors round differently.
+    assert (again.picks == first.picks[:192]).mean() > 0.97
+    assert (again.outcome == first.outcome[:192]).mean() > 0.97
+    np.testing.assert_allclose(again.top_scores, first.top_scores[:192], atol=0.02)
