@@ -3,6 +3,9 @@
 # make sanitize
 #             run the native kernels' tests with every access to memory checked (Linux, g++)
 # make lint   check formatting and style
+# make experiments
+#             run the experiments in their quick form into build/experiments, then a report on
+#             them (under 45 minutes on 2 cores; goes on where it was stopped)
 #
 # PYTHON=python3.12     the interpreter for a new .venv (3.11 to 3.14)
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -14,6 +17,7 @@ SLOTS ?= 76
 PROMPT ?= The old house stood at the end of the village, and
 PYTHON ?=
 TORCH_INDEX ?=
+RECORDS ?= build/experiments
 
 BIN := $(VENV)/bin
 FIND_PYTHON = for p in $(PYTHON) python3 python python3.14 python3.13 python3.12 python3.11; do \
@@ -28,9 +32,9 @@ SOURCES := $(shell find moejax kernels checkpoints -type f -not -name '*.pyc')
 SANITIZE := -O1 -g -fno-omit-frame-pointer -D_GLIBCXX_ASSERTIONS \
 	-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
 SANITIZED_TESTS := tests/test_native.py tests/test_native_rows.py tests/test_native_memory.py \
-	tests/test_transport.py
+	tests/test_transport.py tests/test_link_log.py
 
-.PHONY: demo test sanitize lint clean
+.PHONY: demo test sanitize lint experiments clean
 .SILENT: $(BIN)/python
 
 demo: $(VENV)/core
@@ -61,6 +65,9 @@ sanitize: $(VENV)/tests
 lint: $(VENV)/tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+experiments: $(VENV)/tests
+	$(BIN)/python -m experiments.suite $(RECORDS)
 
 $(VENV)/core: pyproject.toml $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install .
