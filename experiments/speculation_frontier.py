@@ -24,6 +24,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from experiments import frontier_lossy as lossy
@@ -200,6 +201,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     text = Text.read(options.windows, options.kl_windows, options.tokens, options.data)
     bench = Bench(text, options.new)
     rows = exact_rows(bench, options, options.exact)
+    jax.clear_caches()  # else there are more programs than Linux lets a process map
     priced = lossy.Lossy(bench, text, options)
     lossy_rows = priced.rows()
     summary = exact_summary(rows, tuple(s for s in SUMMARY if s in options.shares))

@@ -100,7 +100,7 @@ def modelled(none: Profile, every: Profile, costs: Costs, drafts: float) -> dict
     simple = cutoffs.briskmoe_cutoff(queued, costs.record, link.draft, jnp.inf, len(missing))
     return {
         "cycle_ms": np.asarray(times, float).tolist(),
-        "best_cutoff": int(cutoffs.best_cutoff(times)) - 1,
+        "best_cutoff": int(cutoffs.latency_cutoff(foresight, link).last),
         "best_cutoff_briskmoe": int(simple) - 1,
         "missing": missing.tolist(),
         "precision": precision.tolist(),

@@ -134,14 +134,3 @@ def briskmoe_cutoff(
     number = jnp.arange(1, num_layers + 1) * records
     fits = (number * record <= draft) & (number <= free)
     return jnp.clip(fits.sum(dtype=jnp.int32), 1, num_layers)
-
-
-def survival_priority(mass: jax.Array, survival: jax.Array, time_left: jax.Array) -> jax.Array:
-    """[E] f32 priority of prefetching a layer's experts: a cutoff that is soft in layer and depth.
-
-    The gate `mass` [T, E] that each token of the draft gives an expert, weighted with the chance
-    [T] that the draft survives verification up to that token, over the time until the layer begins.
-    0 = not wanted: the layer has begun, or something is NaN.
-    """
-    expected = survival @ mass / jnp.where(time_left > 0, time_left, 1.0)
-    return jnp.where((time_left > 0) & (expected > 0), expected, 0.0)

@@ -131,27 +131,13 @@ class Utility:
         """[L * E] i32 levels, 0 = cold."""
         return memory.level.reshape(-1)
 
-    def queue(self, memory: UtilityMemory, threshold: jax.Array | int) -> jax.Array:
-        """[L * E] f32 priority of the experts of levels 1 and `threshold` or above, 0 of others.
-
-        The higher level comes first, and within a level who was pushed first: a layer's run pushes
-        its hot experts by id, so that the next layer to run has waited longest.
-        """
-        level = memory.level
-        layers, experts = level.shape
-        waits = (memory.layer - jnp.arange(layers, dtype=jnp.int32)) % layers
-        within = (waits + 1)[:, None] * experts - jnp.arange(experts, dtype=jnp.int32)
-        priority = (level * layers * experts + within).reshape(-1)
-        return jnp.where(self._queued(memory, threshold), priority, 0).astype(jnp.float32)
-
     def drain(self, memory: UtilityMemory, threshold: jax.Array | int) -> UtilityMemory:
-        """Memory after all of `queue` was taken: those that are resident get their status back."""
-        queued = self._queued(memory, threshold).reshape(memory.level.shape)
-        return dataclasses.replace(memory, promoted=memory.promoted | queued)
+        """Memory after all of a level were taken from the queue, `threshold` or above, at least 1.
 
-    def _queued(self, memory: UtilityMemory, threshold: jax.Array | int) -> jax.Array:
-        level = memory.level.reshape(-1)
-        return level >= jnp.maximum(threshold, 1)
+        Those that are resident get their status back.
+        """
+        queued = memory.level >= jnp.maximum(threshold, 1)
+        return dataclasses.replace(memory, promoted=memory.promoted | queued)
 
     def _moved(
         self, level: jax.Array, count: jax.Array, tokens: jax.Array, up: jax.Array | float

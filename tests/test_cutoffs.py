@@ -18,7 +18,6 @@ from moejax.cutoffs import (
     briskmoe_cutoff,
     latency_cutoff,
     predicted_times,
-    survival_priority,
 )
 
 times_of = jax.jit(predicted_times)
@@ -310,20 +309,3 @@ def test_briskmoe(k, record, draft, free, layers):
             most = number
     expected = min(max(most, 1), layers)
     assert briskmoe_cutoff(k, record, float(draft), free, layers) == expected
-
-
-@given(tokens=st.integers(1, 5), experts=st.integers(1, 12), seed=st.integers(0, 1000))
-def test_survival_priority(tokens, experts, seed):
-    rng = np.random.default_rng(seed)
-    mass, survival = rng.random((tokens, experts)), np.cumprod(rng.random(tokens))
-    left = rng.random() * 10
-    expected = [sum(survival[t] * mass[t, e] for t in range(tokens)) / left for e in range(experts)]
-    arrays = jnp.asarray(mass, jnp.float32), jnp.asarray(survival, jnp.float32)
-    got = survival_priority(*arrays, jnp.float32(left))
-    np.testing.assert_allclose(got, expected, rtol=1e-4)
-    for late in (0.0, -1.0, math.nan):
-        assert not survival_priority(*arrays, jnp.float32(late)).any()
-    assert not survival_priority(*arrays, jnp.float32(math.inf)).any()
-    poisoned = arrays[0].at[0, 0].set(math.nan)
-    got = survival_priority(poisoned, arrays[1], jnp.float32(left))
-    assert got[0] == 0 and (experts == 1 or bool((got[1:] > 0).all()))

@@ -105,7 +105,6 @@ class Machine:
         self.numbers, self.calibrate, self.after_use = numbers, calibrate, after_use
         self.layers, self.experts = layers, experts
         self.level = {(layer, e): 0 for layer in range(layers) for e in range(experts)}
-        self.pushed = []  # (layer, expert) in the order in which layers ran
         self.status = dict.fromkeys(self.level, 0)
         self.gathered = {layer: [] for layer in range(layers)}  # picks, token by token
         self.boundary = dict.fromkeys(range(layers), float(numbers["up"]))
@@ -122,10 +121,8 @@ class Machine:
             self.gathered[layer] = []
         if layer == 0:  # a new step: whatever was demoted in the last one is back
             self.status = dict(self.level)
-        mine = [(layer, e) for e in range(self.experts)]
-        for one in mine:
+        for one in [(layer, e) for e in range(self.experts)]:
             self.status[one] = 0 if self.after_use == "demote" else self.level[one]
-        self.pushed = [one for one in self.pushed if one[0] != layer] + mine
         self.history += [(layer, e) for e in step.used]
 
     def close(self, layer, window):
@@ -152,16 +149,6 @@ class Machine:
             if s >= 1 and s >= threshold:
                 self.status[one] = max(self.status[one], s)
 
-    def queue(self, threshold):
-        """Ids from the head of the queue on."""
-        order = [
-            one
-            for s in range(MAX_CAP, 0, -1)
-            for one in self.pushed
-            if self.level[one] == s and s >= threshold
-        ]
-        return [layer * self.experts + e for layer, e in order]
-
     def leaving(self):
         """[L * E] sortable: status, then how recently used; equal = never used."""
         last = {one: i for i, one in enumerate(self.history)}
@@ -180,7 +167,6 @@ def run(utility, steps, shape):
         seen = {
             "keys": utility.keys(memory, access.layer),
             "levels": utility.levels(memory),
-            "queue": utility.queue(memory, threshold),
             "up": memory.up,
         }
         return memory, seen
@@ -238,10 +224,6 @@ def test_it_is_the_machine_of_the_description(calibrate, after_use, seed, values
             machine.drain(step.drain)
         assert seen["levels"][i].tolist() == list(machine.level.values())
         assert ordered(seen["keys"][i].tolist()) == ordered(machine.leaving())
-        queue = machine.queue(step.drain)
-        found = np.argsort(-seen["queue"][i], kind="stable")[: len(queue)]
-        assert found.tolist() == queue
-        assert (seen["queue"][i] > 0).sum() == len(queue) == len(set(seen["queue"][i]) - {0})
         if calibrate:
             np.testing.assert_allclose(seen["up"][i], list(machine.boundary.values()), rtol=1e-5)
 
