@@ -1,0 +1,497 @@
+"""Scores under policies, against NumPy on single steps, transformers and lm-eval."""
+
+import dataclasses
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+import typer
+from hypothesis import example, given
+from hypothesis import strategies as st
+from test_eval_tasks import write_data
+from typer.testing import CliRunner
+
+import moejax
+from moejax import devices, eval_cache, eval_commands, eval_compare, eval_forcing, evaluate, exits
+from moejax.errors import InputError, NonFiniteError, PolicyError
+from moejax.eval_tasks import Item, Task
+from moejax.evaluate import Score, Scorer, rolling_windows, with_policy
+from moejax.policy import policy
+
+LOSSY = "smoe-fetch:alpha=0.5"
+SLOTS = 6
+
+
+def runtime_of(built, tmp_path, **changes):
+    made = {
+        "config": built.config,
+        "model": dataclasses.replace(built.model, kernels=devices.kernels(None)),
+        "params": built.params,
+        "store": built.store,
+        "policy": policy(LOSSY),
+        "slots": SLOTS,
+        "context": 96,
+        "generation_config": {},
+        "directory": tmp_path / "model",
+        "virtual": True,
+    }
+    return moejax.Runtime(**made | changes)
+
+
+@pytest.fixture
+def lossy(small, tmp_path):
+    return runtime_of(small, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return moejax.load("tiny", slots=76, virtual=True, context=512)
+
+
+def sequences(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 61, n).astype(np.int32) for n in lengths]
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def by_hand(runtime, rows):
+    """Log-probabilities [B, T, V] and counts [T] of rows of one length, one token per step."""
+    state, logits, counts = runtime.init_state(len(rows), context=96), [], []
+    for token in np.stack(rows).T:
+        state, out = runtime.decode_step(state, token[:, None])
+        logits.append(np.asarray(out.logits))
+        names = ("replaced", "replaced_mass", "needed", "hits")
+        counts.append([float(np.asarray(getattr(out.trace, n)).sum()) for n in names])
+    return log_softmax(np.stack(logits, axis=1)), np.sum(counts, axis=0)
+
+
+def expected(steps, exact, row, n):
+    """logprob, greedy, exact_logprob, flipped, divergence of the last n tokens of a row."""
+    at = np.arange(len(row) - n - 1, len(row) - 1)
+    wanted = row[at + 1]
+    kl = (np.exp(exact[at]) * (exact[at] - steps[at])).sum(axis=-1)
+    return (
+        steps[at, wanted].sum(),
+        bool((steps[at].argmax(-1) == wanted).all()),
+        exact[at, wanted].sum(),
+        int((steps[at].argmax(-1) != exact[at].argmax(-1)).sum()),
+        kl.sum(),
+    )
+
+
+def close(score, wanted):
+    logprob, greedy, exact, flipped, divergence = wanted
+    assert score.logprob == pytest.approx(logprob, abs=2e-4)
+    assert score.exact_logprob == pytest.approx(exact, abs=2e-4)
+    assert score.divergence == pytest.approx(divergence, abs=2e-4)
+    assert (score.greedy, score.flipped) == (greedy, flipped)
+
+
+def test_a_lossy_policy_is_scored_as_it_decodes_each_sequence_alone(lossy):
+    rows, tails = sequences((70, 3, 40, 64, 65)), (5, 1, 39, 2, 1)
+    pairs = [(row[:-n].tolist(), row[-n:].tolist()) for row, n in zip(rows, tails, strict=True)]
+    scores = Scorer(lossy).score_tokens(pairs)
+    own = with_policy(lossy, "lru")
+    replaced = 0
+    for score, row, n in zip(scores, rows, tails, strict=True):
+        steps, counts = by_hand(lossy, [row[:-1]])
+        exact = log_softmax(own.logits(row[None, :-1]))[0]
+        close(score, expected(steps[0], exact, row, n))
+        assert [score.replaced, score.needed, score.hits] == pytest.approx(counts[[0, 2, 3]])
+        assert score.replaced_mass == pytest.approx(counts[1], abs=1e-3)
+        assert (score.tokens, score.steps) == (n, len(row) - 1)
+        replaced += score.replaced
+    assert replaced > 20
+    again = Scorer(lossy).score_tokens(pairs[::-1])[::-1]
+    assert again == scores == [Scorer(lossy).score_tokens([pair])[0] for pair in pairs]
+
+
+def test_a_shared_cache_is_the_run_of_a_batch(lossy):
+    rows = sequences((40, 40))
+    pairs = [(row[:-2].tolist(), row[-2:].tolist()) for row in rows]
+    shared = Scorer(lossy, shared_cache=True, batch=2).score_tokens(pairs)
+    steps, counts = by_hand(lossy, [row[:-1] for row in rows])
+    exact = [log_softmax(with_policy(lossy, "lru").logits(row[None, :-1]))[0] for row in rows]
+    for score, row, own, reference in zip(shared, rows, steps, exact, strict=True):
+        close(score, expected(own, reference, row, 2))
+    assert sum(score.replaced for score in shared) == pytest.approx(counts[0])
+    alone = Scorer(lossy).score_tokens(pairs)
+    assert [s.logprob for s in alone] != [s.logprob for s in shared]
+
+
+def test_an_exact_policy_scores_in_one_pass_what_it_would_in_steps(lossy):
+    exact = with_policy(lossy, "lru")
+    rows = sequences((90, 2, 66, 31), seed=1)
+    pairs = [(row[:1].tolist(), row[1:].tolist()) for row in rows]
+    passes = Scorer(exact, batch=2).score_tokens(pairs)
+    steps = Scorer(exact, steps=True).score_tokens(pairs)
+    for one, other, row in zip(passes, steps, rows, strict=True):
+        reference = log_softmax(exact.logits(row[None, :-1]))[0]
+        wanted = expected(reference, reference, row, len(row) - 1)
+        close(one, wanted)
+        close(other, wanted)
+        assert one.steps == one.needed == one.divergence == 0
+        assert other.hits < other.needed and other.steps == len(row) - 1
+    assert sum(score.hits for score in steps) > 0
+    logprobs = [[score.logprob for score in found] for found in (passes, steps)]
+    assert logprobs[0] == pytest.approx(logprobs[1], rel=1e-6)
+
+
+@given(st.lists(st.integers(0, 60), min_size=2, max_size=130), st.integers(1, 96))
+def test_what_does_not_fit_is_cut_on_the_left(ids, n):
+    n = min(n, len(ids) - 1)
+    scorer = object.__new__(Scorer)
+    scorer.runtime = type("Fake", (), {"context": 96})
+    fed, rest = scorer._request(ids[:-n], ids[-n:])
+    assert rest == ids[-n:] and len(fed) <= 96
+    assert [*fed] == ids[-97:][:-1]
+
+
+@example([*range(1, 61)] * 2, 50)
+@given(st.lists(st.integers(1, 60), max_size=200), st.integers(1, 70))
+def test_rolling_windows_hold_every_token_once_with_all_the_context_there_is(ids, most):
+    windows = [*rolling_windows(ids, 0, most)]
+    assert [token for _, rest in windows for token in rest] == ids
+    text, before = [0, *ids], 1
+    for context, rest in windows:
+        end = before + len(rest)
+        assert context and [*context, *rest] == text[end - len(context) - len(rest) : end]
+        assert len(context) + len(rest) - 1 == (most if len(ids) > most else len(ids))
+        before = end
+
+
+def test_what_cannot_be_scored_is_refused(lossy):
+    with pytest.raises(InputError, match="virtual"):
+        Scorer(dataclasses.replace(lossy, virtual=False))
+    with pytest.raises(InputError, match="at least one"):
+        Scorer(lossy, batch=0)
+    scorer = Scorer(lossy)
+    for pair in (([], [1]), ([1], []), ([1], [2] * 97)):
+        with pytest.raises(InputError, match="continuation"):
+            scorer.score_tokens([pair])
+    with pytest.raises(InputError, match=r"\[0, 61\)"):
+        scorer.score_tokens([([1, 61], [2])])
+    broken = jax.tree.map(
+        lambda x: np.full_like(x, 0x7FC0) if x.dtype == "uint16" else x, lossy.params
+    )
+    broken = jax.tree.map(lambda x: x * np.nan if x.dtype == "float32" else x, broken)
+    broken = jax.tree.map(
+        lambda x: np.full_like(x, 0x7FC00000) if x.dtype == "uint32" else x, broken
+    )
+    with pytest.raises(NonFiniteError):
+        Scorer(dataclasses.replace(lossy, params=broken)).score_tokens([([1, 2], [3])])
+
+
+def test_results_are_found_again_by_all_that_made_them(lossy, tmp_path, monkeypatch):
+    lossy.directory.mkdir()
+    (lossy.directory / "config.json").write_text("{}")
+    cache = eval_cache.Cache(tmp_path / "cache" / "scores.sqlite")
+    pairs = [([1, 2, 3], [4, 5]), ([1, 2, 3], [4, 6])]
+    first = Scorer(lossy, cache=cache).score_tokens(pairs)
+    fed = []
+
+    def counted(runtime, rows, **how):
+        fed.extend(len(row) for row in rows)
+        return eval_forcing.score(runtime, rows, **how)
+
+    monkeypatch.setattr(evaluate, "score", counted)
+    assert Scorer(lossy, cache=eval_cache.Cache(cache.path)).score_tokens(pairs) == first
+    assert fed == []
+    assert Scorer(lossy, cache=cache).score_tokens([*pairs, ([1, 2, 3, 4], [7])])[:2] == first
+    assert fed == [4]  # of the same four tokens
+    for changes in (
+        {"policy": policy("smoe-fetch:alpha=0.4")},
+        {"slots": 5},
+        {"per_layer": True},
+        {"context": 80},
+    ):
+        Scorer(dataclasses.replace(lossy, **changes), cache=cache).score_tokens(pairs[:1])
+        assert fed.pop() == 4
+    (lossy.directory / "config.json").write_text("[]")
+    Scorer(lossy, cache=cache).score_tokens(pairs[:1])
+    assert fed == [4, 4]
+    cache.close()
+    cache.path.write_bytes(b"no such file" * 500)
+    with pytest.raises(InputError, match="delete it"):
+        eval_cache.Cache(cache.path)
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    torch = pytest.importorskip("torch", reason="the oracle is transformers on torch")
+    transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
+    directory = moejax.load("tiny").directory
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return model, transformers.AutoTokenizer.from_pretrained(directory)
+
+
+TEXTS = [
+    ("Question: What is 2 + 3?\nAnswer:", " 5"),
+    ("Question: What is 2 + 3?\nAnswer:", " five"),
+    ("The old man sat down   ", "by the fire and said nothing."),
+    ("", "import os\nimport sys\n"),
+    ("def f(x):\n    return", " x"),
+]
+
+
+def test_log_likelihoods_are_those_of_transformers(theirs):
+    import torch
+
+    model, tokenizer = theirs
+    runtime = moejax.load("tiny", dtype="float32", virtual=True, context=64)
+    scores = Scorer(runtime).loglikelihood(TEXTS)
+    for (context, continuation), score in zip(TEXTS, scores, strict=True):
+        ids = [0, *tokenizer.encode(continuation)]
+        begun = 1
+        if context:
+            ids = tokenizer.encode(context + continuation)
+            begun = len(tokenizer.encode(context.rstrip()))
+        with torch.no_grad():
+            rows = log_softmax(model(torch.tensor([ids])).logits[0, begun - 1 : -1].numpy())
+        wanted = ids[begun:]
+        assert score.tokens == len(wanted)
+        assert score.logprob == pytest.approx(rows[np.arange(len(wanted)), wanted].sum(), abs=2e-3)
+        assert score.greedy == bool((rows.argmax(-1) == wanted).all())
+    text = "".join(a + b for a, b in TEXTS) * 3
+    ids = [0, *tokenizer.encode(text)]
+    assert len(ids) > 150
+    loss = 0.0
+    for start in range(1, len(ids), 64):
+        end = min(start + 64, len(ids))
+        with torch.no_grad():
+            rows = model(torch.tensor([ids[max(0, end - 65) : end - 1]])).logits[0].numpy()
+        rows = log_softmax(rows)[-(end - start) :]
+        loss += rows[np.arange(end - start), ids[start:end]].sum()
+    [rolled] = Scorer(runtime).rolling([text])
+    assert rolled.logprob == pytest.approx(loss, abs=0.01) and rolled.tokens == len(ids) - 1
+
+
+def test_what_is_generated_is_what_the_engine_writes(tiny, tmp_path):
+    prompts = ["The old man", "def main():\n", "Question: 1 + 1?\nAnswer:"]
+    cache = eval_cache.Cache(tmp_path / "scores.sqlite")
+    for name in ("lru", "smoe-fetch"):
+        runtime = with_policy(tiny, name)
+        found = Scorer(runtime, cache=cache, batch=2).generate(prompts, ("\n", ""), 12)
+        for prompt, made in zip(prompts, found, strict=True):
+            [alone] = runtime.generate([prompt], 12, {"temperature": 0}, stop=["\n"])
+            assert made.text == alone.text and "\n" not in made.text
+            assert made.tokens == len(alone.tokens)
+            assert made.steps == (0 if name == "lru" else made.tokens - 1)
+        assert Scorer(runtime, cache=cache).generate(prompts, ("\n",), 12) == found
+        assert (sum(made.replaced for made in found) > 0) == (name != "lru")
+    with pytest.raises(InputError, match="no room"):
+        Scorer(tiny).generate(prompts, (), 512)
+
+
+def test_a_dense_model_is_scored_too():
+    dense = moejax.load("tiny-draft", virtual=True, context=64)
+    [score] = Scorer(with_policy(dense, "lru")).score_tokens([([5, 6, 7], [8, 9])])
+    rows = log_softmax(dense.logits(np.array([[5, 6, 7, 8]])))[0]
+    assert score.logprob == pytest.approx(rows[2, 8] + rows[3, 9], abs=1e-4)
+
+
+def score_of(logprob, **others):
+    fields = {f.name: 0.0 for f in dataclasses.fields(Score)}
+    return Score(**fields | {"logprob": logprob, "tokens": 2, "greedy": True} | others)
+
+
+def test_policies_are_compared_item_by_item():
+    items = tuple(Item(id=str(i), choices=("A", "B"), target=i % 2) for i in range(8))
+    task = Task("made", items)
+
+    def results(answers, logprob):
+        return [
+            eval_compare.Result(
+                id=str(i),
+                answer=answer,
+                grades={"acc": float("AB".index(answer) == i % 2)},
+                choices=(0.0, 0.0),
+                score=score_of(logprob - 0.1 * i),
+                fed=score_of(0.0, steps=4, replaced_mass=2.0, needed=8.0, hits=6.0),
+                generated=None,
+            )
+            for i, answer in enumerate(answers)
+        ]
+
+    first, other = results("ABABABAB", -1.0), results("ABABBBAA", -1.5)
+    row = eval_compare.compared(task, other, first)
+    assert row["acc"]["value"] == 0.75 and row["acc_change"]["value"] == -0.25
+    assert row["flips"]["value"] == 0.25 and (row["worse"], row["better"]) == (2, 0)
+    assert row["logprob_change"]["value"] == pytest.approx(-0.25)
+    assert row["logprob_change"]["interval"] == pytest.approx([-0.25, -0.25])  # the same everywhere
+    low, high = row["acc_change"]["interval"]
+    assert low < -0.25 < high <= 0
+    assert (row["hit_rate"], row["replaced_mass"]) == (0.75, 0.5)
+
+
+def test_intervals_cover_what_they_are_about():
+    rng = np.random.default_rng(0)
+    inside = 0
+    for seed in range(200):
+        values = rng.normal(1.0, 2.0, 60)
+        low, high = eval_compare.bootstrap(values, np.ones(60), seed, draws=500)
+        inside += low <= 1.0 <= high
+    assert 0.88 <= inside / 200 <= 0.99
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("eval"))
+
+
+def run(*arguments):
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(exits.guarded(eval_commands.eval))
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+TASKS = "mmlu,gsm8k,humaneval,mbpp,gaokao,wikitext,spec_bench"
+
+
+def test_the_command_compares_policies_on_all_tasks(data, tmp_path):
+    named = ("--policy", "lru", "--policy", "smoe:alpha=0.6", "--slots", 76, "--limit", 2, "-n", 4)
+    where = ("--data", data, "--cache", tmp_path / "c.sqlite", "-q", "--context", 512)
+    result = run("--tasks", TASKS, *named, *where, "--allow-code-execution", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["reference"] == "lru" and [*report["tasks"]] == TASKS.split(",")
+    for name, task in report["tasks"].items():
+        own, other = (task["policies"][p] for p in ("lru", "smoe:alpha=0.6"))
+        assert own["summary"]["items"] == len(own["items"]) == len(other["items"])
+        assert other["summary"]["divergence"]["value"] > 0 == own["summary"]["divergence"]["value"]
+        assert other["summary"]["replaced_mass"] > 0 and 0 < other["summary"]["hit_rate"] < 1
+        pairs = [
+            (a["score"]["logprob"], b["score"]["logprob"])
+            for a, b in zip(own["items"], other["items"], strict=True)
+        ]
+        tokens = sum(item["score"]["tokens"] for item in own["items"])
+        change = sum(b - a for a, b in pairs) / tokens
+        assert other["summary"]["logprob_change"]["value"] == pytest.approx(change)
+        assert ("flips" in own["summary"]) == (name != "wikitext")
+    assert "pass@1" in report["tasks"]["humaneval"]["policies"]["lru"]["summary"]
+    shown = run("--tasks", TASKS, *named, *where)
+    assert shown.exit_code == 0, shown.output
+    assert all(
+        name in shown.stdout for name in ("smoe:alpha=0.6", "at chance", "<unk>", "KL/token")
+    )
+    assert "not run: --allow-code-execution" in shown.stdout
+    fresh = run(
+        "--tasks", "mmlu,gsm8k", *named, *where[:2], "--no-cache", "-q", *where[-2:], "--json"
+    )
+    again = json.loads(fresh.stdout)["tasks"]
+    assert again == {name: report["tasks"][name] for name in ("mmlu", "gsm8k")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--tasks", "mmlu"), "--data"),
+        (("--tasks", "mmlu,"), "commas"),
+        (("--tasks", "mmlu,mmlu"), "commas"),
+        (("--tasks", "mmlu", "--data", "/nowhere"), "no folder"),
+        (("--tasks", "no_such_task_at_all"), "unknown task"),
+        (("--tasks", "mmlu", "--data", "DATA", "--policy", "lru", "--policy", "lru"), "twice"),
+        (("--tasks", "mmlu", "--data", "DATA", "--policy", "nope"), "unknown policy"),
+        (("--tasks", "mmlu", "--data", "DATA", "--shots", "9"), "0 to 5"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line(arguments, said, data, monkeypatch):
+    monkeypatch.setattr("moejax.commands.load_model", None)  # found out before the model is read
+    result = run(*(data if argument == "DATA" else argument for argument in arguments))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert said in result.stderr and result.stderr.count("\n") == 1
+
+
+def lm_eval_tasks():
+    """Three small tasks of lm-eval on data that is here, one of each kind of request."""
+    from datasets import Dataset
+
+    def rows(values):
+        return lambda **_: {"test": Dataset.from_list(values)}
+
+    asked = [{"q": f"What is {i} + {i}?", "a": i % 2, "c": [f"{2 * i}", f"{i}"]} for i in range(4)]
+    pages = [{"page": "The sea was calm and the night was long. " * 12}, {"page": "import os\n"}]
+    common = {"test_split": "test", "dataset_path": "none", "metadata": {"version": 1}}
+    return [
+        common
+        | {
+            "task": "sums",
+            "custom_dataset": rows(asked),
+            "output_type": "multiple_choice",
+            "doc_to_text": "Question: {{q}}\nAnswer:",
+            "doc_to_choice": "{{c}}",
+            "doc_to_target": "a",
+        },
+        common
+        | {
+            "task": "pages",
+            "custom_dataset": rows(pages),
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{page}}",
+            "metric_list": [{"metric": "word_perplexity"}],
+        },
+        common
+        | {
+            "task": "answers",
+            "custom_dataset": rows(asked),
+            "output_type": "generate_until",
+            "doc_to_text": "Question: {{q}}\nAnswer:",
+            "doc_to_target": "{{c[0]}}",
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 12, "do_sample": False},
+            "metric_list": [{"metric": "exact_match"}],
+        },
+    ]
+
+
+def test_scores_agree_with_lm_evals_own_backend():
+    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    pytest.importorskip("torch", reason="its backend runs on torch")
+    from lm_eval.models.huggingface import HFLM
+
+    from moejax.eval_hub import answers
+
+    runtime = moejax.load("tiny", dtype="float32", virtual=True, context=128)
+    lm = evaluate.MoejaxLM(Scorer(runtime))
+    theirs = HFLM(
+        str(runtime.directory), dtype="float32", device="cpu", max_length=128, batch_size=2
+    )
+    options = {"bootstrap_iters": 0, "log_samples": True}
+    ours, wanted = (
+        lm_eval.simple_evaluate(model=m, tasks=lm_eval_tasks(), **options) for m in (lm, theirs)
+    )
+    for name, metrics in wanted["results"].items():
+        for metric, value in metrics.items():
+            if isinstance(value, float):
+                assert ours["results"][name][metric] == pytest.approx(value, rel=1e-3), metric
+        pairs = zip(ours["samples"][name], wanted["samples"][name], strict=True)
+        for one, other in pairs:
+            assert one["arguments"] == other["arguments"]
+            if name == "answers":
+                assert one["resps"] == other["resps"]
+                continue
+            for [a], [b] in zip(one["resps"], other["resps"], strict=True):
+                assert np.allclose(a, b, atol=2e-3)
+    with pytest.raises(InputError, match="beams"):
+        lm.generate_until([types.SimpleNamespace(args=("The sea", {"beams": 3}))])
+    made = answers(Scorer(runtime), lm_eval_tasks(), 2, 0)
+    task, results = made["sums"]
+    assert len(task.items) == 2 and results[0].grades["acc"] in (0.0, 1.0)
+    assert (
+        results[1].score
+        == Scorer(runtime).loglikelihood([("Question: What is 1 + 1?\nAnswer:", " 1")])[0]
+    )
+
+
+def test_a_policy_that_does_not_exist_is_refused(tiny):
+    with pytest.raises(PolicyError):
+        with_policy(tiny, "nope")
+    with pytest.raises(AttributeError):
+        evaluate.nope  # noqa: B018
