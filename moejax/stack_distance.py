@@ -1,0 +1,43 @@
+"""LRU at every capacity from one pass over the uses: stack distances.
+
+Mattson et al., Evaluation techniques for storage hierarchies (IBM Systems Journal, 1970).
+"""
+
+import numpy as np
+
+
+def distances(uses: np.ndarray, ids: int) -> np.ndarray:
+    """How many others were used since each use's last one; -1 for first uses and for no use.
+
+    Independent sequences [Q, M] are walked side by side. A use is a hit of an LRU cache of C slots
+    if and only if its distance is in [0, C).
+
+    Args:
+        uses: [Q, M] ids, or -1 where there is no use.
+        ids: how many there are.
+
+    Returns:
+        [Q, M] i32.
+    """
+    found = np.full(uses.shape, -1, np.int32)
+    last = np.full((len(uses), ids), -1, np.int64)
+    for time in range(uses.shape[1]):
+        at = np.flatnonzero(uses[:, time] >= 0)
+        own = uses[at, time]
+        before = last[at, own]
+        since = (last[at] > before[:, None]).sum(axis=1)
+        found[at, time] = np.where(before >= 0, since, -1)
+        last[at, own] = time
+    return found
+
+
+def hits(distance: np.ndarray, counted: np.ndarray, capacities: np.ndarray) -> np.ndarray:
+    """[len(capacities)] i64 hits of LRU caches of these capacities, over the uses `counted`.
+
+    Args:
+        distance: see `distances`.
+        counted: of the same shape, bool.
+    """
+    seen = distance[counted & (distance >= 0)]
+    upto = np.cumsum(np.bincount(seen, minlength=int(max(capacities)) + 1))
+    return upto[np.asarray(capacities) - 1] * (np.asarray(capacities) > 0)

@@ -1,0 +1,147 @@
+"""Replays agree with real runs: hits, misses and residency of every pass and layer."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import build, small_config
+
+from moejax import decode, replay
+from moejax.policy import policy
+from moejax.prediction import Everything, NoPrediction, PreviousToken
+from moejax.recorder import Recorder
+from moejax.simulate import Asked, simulate
+from moejax.trace import Phase, Trace
+
+LAYERS, EXPERTS, WIDTH = 3, 8, 6
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = small_config(num_layers=LAYERS, moe_layers=tuple(range(LAYERS)), num_experts=EXPERTS)
+    return build(config, seed=3)
+
+
+def real(model, made, slots, *, per_layer=False, batch=1, steps=14) -> Trace:
+    """A trace of two prompts of given tokens, each with its decode steps, run by the engine.
+
+    Every pass is fed as a window, padded: one program to compile.
+    """
+    rng = np.random.default_rng(5)
+    made = dataclasses.replace(made, capacity=jnp.int32(slots))
+    sizes = {"slots": slots, "batch": batch, "context": 64, "per_layer": per_layer}
+    state = decode.init_state(model.model, made, model.store, **sizes)
+    keep = {"scores": None, "exact": not made.exact, "residency": True}
+    recorder, scores = Recorder(experts=EXPERTS, **keep), []
+    fixed = (model.model, made, model.params, model.store)
+    for sequence in (0, batch):
+        length = np.zeros(batch, np.int64)
+        state = decode.rewind(state, length)
+        for i, width in enumerate([WIDTH, *[1] * steps]):
+            tokens = np.full((batch, WIDTH), -1, np.int32)
+            tokens[:, :width] = rng.integers(0, 61, (batch, width))
+            state, out = decode.decode_step(*fixed, state, tokens, scores=True, prefill=False)
+            phase = Phase.DECODE if i else Phase.PREFILL if made.exact else Phase.VERIFY
+            recorder.add(phase, tokens, length, sequence, out.trace, (0.0, 1.0))
+            rows = np.flatnonzero(tokens.reshape(-1) >= 0)
+            scores.append(np.asarray(out.trace.scores).swapaxes(0, 1)[rows])
+            length = length + width
+    about = {"source": "moejax", "record_bytes": 10, "router": {"normalize": True}}
+    trace = recorder.finished("small", about)
+    return dataclasses.replace(trace, scores=np.concatenate(scores))
+
+
+def agrees(trace, found):
+    for name in replay.COUNTS:
+        np.testing.assert_array_equal(found.counts[name], trace.counts[name], name)
+    np.testing.assert_array_equal(found.resident, trace.resident)
+
+
+def mixed(name, **parts):
+    return dataclasses.replace(policy(name), **parts)
+
+
+# Evictors by use and by score, pools and slots per layer, host and link, prefetch: each at least
+# once. (policy, slots per layer?, sequences)
+EXACT = {
+    "balanced": (policy("balanced:load=1"), True, 2),
+    "score window, streamed": (
+        mixed("score-window:window=4", predictor=Everything()),
+        False,
+        1,
+    ),
+    "hybrimoe": (
+        mixed("hybrimoe:load=1,host=2", predictor=PreviousToken(limit=jnp.int32(2))),
+        False,
+        1,
+    ),
+}
+CHECKED = Asked(semantics="engine", check=True)
+
+
+@pytest.fixture(scope="module")
+def balanced(model):
+    made, per_layer, batch = EXACT["balanced"]
+    return real(model, made, 9, per_layer=per_layer, batch=batch)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_policies_agree(model, balanced, name):
+    made, per_layer, batch = EXACT[name]
+    trace = balanced
+    if name != "balanced":
+        trace = real(model, made, 9, per_layer=per_layer, batch=batch)
+    asked = dataclasses.replace(CHECKED, per_layer=per_layer)
+    [found] = simulate(trace, [made], [9], asked, keep=True)
+    agrees(trace, found)
+    assert found.label == "exact" and found.sequences == batch
+    assert found.total("hits") > 0 and found.total("evicted") > 0
+    assert found.total("fetched") + found.total("prefetched") > 0
+    assert "streamed" not in name or found.total("prefetched") > 0
+    assert not made.placement.uses_host or found.total("host") > 0
+
+
+def test_live_costs_are_those_of_the_run(balanced):
+    """A placement that learned its costs step by step is replayed with what it had learned."""
+    made, per_layer, _ = EXACT["balanced"]
+    asked = dataclasses.replace(CHECKED, per_layer=per_layer)
+    dear = {"load": [1e6] * balanced.passes, "host": [1.0] * balanced.passes}
+    told = dataclasses.replace(balanced, about=balanced.about | {"live_costs": dear})
+    [own], [learned] = (simulate(t, [made], [9], asked, keep=True) for t in (balanced, told))
+    # The two pointers fetch the first miss of a layer whatever it costs, and here no other.
+    assert (learned.counts["fetched"] <= 1).all() and (own.counts["fetched"] > 1).any()
+    assert learned.total("host") > own.total("host")
+
+
+@pytest.fixture(scope="module")
+def lossy(model):
+    made = mixed("smoe:alpha=0.6,window=4,load=1,host=2", predictor=NoPrediction())
+    return made, real(model, made, 7)
+
+
+def test_substitution_is_made_again(lossy):
+    """A lossy run from its scores: the same stand-ins, so the same tables; other budgets do not."""
+    made, trace = lossy
+    found, other = simulate(trace, [made], [7, 12], CHECKED, keep=True)
+    agrees(trace, found)
+    assert found.label == "closed-loop" and found.total("replaced") > 0
+    np.testing.assert_allclose(
+        found.counts["replaced_mass"], trace.counts["replaced_mass"], atol=1e-6
+    )
+    assert other.label.startswith("open-loop") and other.counts["differing"].sum() > 0
+    [exact] = simulate(trace, ["lru"], [9], Asked())
+    assert exact.label.startswith("open-loop")
+
+
+def test_rounded_scores_follow_the_recorded_picks(lossy):
+    """Scores as files hold them may tip a choice; few that differ give way to what was recorded."""
+    made, trace = lossy
+    scores = np.array(trace.scores)
+    # As if rounding had exchanged what the last token scores.
+    scores[-1, -1] = np.roll(scores[-1, -1], 1)
+    changed = dataclasses.replace(trace, scores=scores)
+    found, _ = simulate(changed, [made], [7, 12], CHECKED, keep=True)
+    assert found.label == "closed-loop, recorded" and not found.counts["differing"].any()
+    for name in ("needed", "hits", "fetched", "replaced"):
+        np.testing.assert_array_equal(found.counts[name], trace.counts[name], name)
