@@ -44,6 +44,19 @@ EXACT = (
     *("specmoe", "self-draft", "lookup", "sp-moe", "sp-moe-self", "moe-spac"),
     *("auto:gamma=0", "auto", *ABLATIONS),
 )
+SHOWN = {  # in the picture, and how
+    "lru": ("#7f7f7f", "-"),
+    "host": ("#7f7f7f", ":"),
+    "hybrimoe": ("#8c6d31", "-"),
+    "lookup": ("#bcbd22", "--"),
+    "specmoe": ("#e6550d", "-"),
+    "self-draft": ("#fdae6b", "-"),
+    "sp-moe": ("#31a354", "-"),
+    "sp-moe-self": ("#31a354", "--"),
+    "moe-spac": ("#756bb1", "-"),
+    "auto:gamma=0": ("#000000", ":"),
+    "auto": ("#000000", "-"),
+}
 GAMMAS = (0, 1, 2, 4, 8)
 SWEPT = ("self-draft", "lookup", "sp-moe", "sp-moe-self")
 
@@ -157,15 +170,20 @@ def targets_of(summary: dict[str, Any]) -> dict[str, dict]:
 
 def plot(report: dict[str, Any], path: pathlib.Path) -> None:
     """Time over residency, the law of break-even, time against divergence."""
-    figure, axes = common.figure(1, 3, (15, 4.6))
-    rows = [row for row in report["rows"] if row["gamma"] == ""]
-    for name in dict.fromkeys(row["name"] for row in rows):
+    figure, axes = common.figure(1, 3, (16, 5.6))
+    rows = [row for row in report["rows"] if row["gamma"] == "" and row["name"] in SHOWN]
+    for name, (colour, style) in SHOWN.items():
         own = [row for row in rows if row["name"] == name]
-        style = {"linewidth": 2.5, "color": "black"} if name == "auto" else {"linewidth": 1}
         x = [100 * row["residency"] for row in own]
-        axes[0].plot(x, [row["tpot_ms"] for row in own], marker=".", label=name, **style)
+        look = {"color": colour, "marker": "o", "ms": 4, "lw": 2.5 if name == "auto" else 1.2}
+        axes[0].plot(x, [row["tpot_ms"] for row in own], style, label=name, **look)
+    resident = find(report["rows"], "all resident", 1.0)["tpot_ms"]
+    axes[0].axhline(resident, color="k", lw=0.8, ls=":")
+    axes[0].text(12, resident * 1.02, "all resident, token by token", fontsize=7)
     axes[0].set(xlabel="experts resident (%)", ylabel="TPOT (ms)", title="exact systems, batch 1")
-    axes[0].legend(fontsize=7, ncols=2)
+    axes[0].set(yscale="log", yticks=(0.8, 1, 1.5, 2, 3, 4, 6, 10))
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].minorticks_off()
     for name in dict.fromkeys(row["name"] for row in report["break_even"]):
         own = [row for row in report["break_even"] if row["name"] == name]
         axes[1].plot(
@@ -180,7 +198,6 @@ def plot(report: dict[str, Any], path: pathlib.Path) -> None:
         ylabel="tokens per cycle made",
         title="speculation at 50 % residency (numbers: gamma)",
     )
-    axes[1].legend(fontsize=7)
     rows = [row for row in report["lossy"] if row["residency"] == FRONTIER]
     for name in dict.fromkeys(row["name"] for row in rows if row["name"] in lossy.LOSSY):
         own = [row for row in rows if row["name"] == name]
@@ -190,9 +207,10 @@ def plot(report: dict[str, Any], path: pathlib.Path) -> None:
         ylabel="TPOT (ms)",
         title="lossy systems, 50 % resident",
     )
-    axes[2].legend(fontsize=7)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+        axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=3)
     common.save(figure, path)
 
 

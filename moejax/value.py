@@ -67,7 +67,7 @@ def replaced_terms(rule: RouterRule, scores: jax.Array, picks: jax.Array, top_k:
     eligible = jax.vmap(lambda own: eligible_scores(rule, own))(scores)
     best, exact = jax.lax.top_k(eligible, top_k)
     total = best.sum(axis=-1, keepdims=True) if rule.normalize else 1.0
-    weight = scores / total * rule.scale
+    weight = jnp.ones_like(scores) * rule.scale if rule.equal else scores / total * rule.scale
     place = jnp.arange(layers)[:, None, None], jnp.arange(tokens)[:, None]
     none = jnp.zeros((layers, tokens, experts + 1), bool)
     used = none.at[*place, jnp.where(picks < 0, experts, picks)].set(True)[..., :experts]
