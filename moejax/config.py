@@ -57,6 +57,7 @@ class RouterRule:
     scale: float = 1.0  # routed_scaling_factor
     num_groups: int = 1  # > 1: only the best `top_groups` groups, by their best score, are eligible
     top_groups: int = 1
+    equal: bool = False  # every pick weighs `scale`: scores choose, and say what a pick is worth
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -62,7 +62,12 @@ def eligible_scores(rule: RouterRule, scores: jax.Array) -> jax.Array:
 
 
 def pick_weights(rule: RouterRule, chosen: jax.Array) -> jax.Array:
-    """Mixing weights [N, K] of chosen scores [N, K], renormalised and scaled as the family does."""
+    """Mixing weights [N, K] of chosen scores [N, K], renormalised and scaled as the family does.
+
+    Where all weigh alike, so do those whose score is 0: a softmax rounds small ones to that.
+    """
+    if rule.equal:
+        return jnp.full_like(chosen, rule.scale)
     if rule.normalize:
         chosen = chosen / chosen.sum(axis=-1, keepdims=True)
     return chosen * rule.scale

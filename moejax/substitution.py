@@ -79,7 +79,7 @@ def rerouted(
     changed = ((used[0] != exact[0]) | (used[1] != exact[1])).any(axis=-1)
     nothing = changed & ~(used[1] > 0).any(axis=-1)  # would divide by zero where normalised
     weight = pick_weights(seen.rule, jnp.where(nothing[:, None], 1.0, used[1]))
-    weight = jnp.where(nothing[:, None], 0.0, weight)
+    weight = jnp.where(nothing[:, None] | (used[0] < 0), 0.0, weight)
     lost = displaced(exact[0], pick_weights(seen.rule, exact[1]), used[0], weight)
     return Routing(
         expert=used[0],

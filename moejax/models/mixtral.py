@@ -22,7 +22,11 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
         **expert_fields(fields, "intermediate_size"),
         windows=windows_from(fields, window, [window is not None] * layers),
         moe_layers=tuple(range(layers)),
-        router=RouterRule(normalize=True),
+        router=RouterRule(
+            normalize=True,
+            # not a key of the published family: of dense models that were cut into slices
+            equal=fields.get("equal_expert_weights", default=False, kind=bool),
+        ),
     )
     fields.finish()
     return built
