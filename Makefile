@@ -8,6 +8,7 @@
 #             them (under 45 minutes on 2 cores; goes on where it was stopped)
 #
 # PYTHON=python3.12     the interpreter for a new .venv (3.11 to 3.14)
+# JOBS=2                tests that run at once; each takes up to 3 GB of memory
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #                       where `make test` also looks for torch; PyPI's build for Linux is far larger
 
@@ -16,6 +17,7 @@ MODEL ?= tiny
 SLOTS ?= 76
 PROMPT ?= The old house stood at the end of the village, and
 PYTHON ?=
+JOBS ?= 2
 TORCH_INDEX ?=
 RECORDS ?= build/experiments
 
@@ -42,7 +44,7 @@ demo: $(VENV)/core
 		--max-new-tokens 120 --temperature 0.7 --seed 1
 
 test: $(VENV)/tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # The interpreter is not linked with the checks' libraries and must load them first. What they find
 # goes to descriptor 2 as the process ends: pytest must not hold it.

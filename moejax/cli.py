@@ -6,13 +6,21 @@ from typing import Annotated
 
 import typer
 
-from moejax import exits
+from moejax import (
+    eval_commands,
+    exits,
+    plan_commands,
+    report_commands,
+    simulate_commands,
+    synthetic_commands,
+    trace_commands,
+)
 from moejax import options as opt
 
 EPILOG = (
-    "Exit codes: 0 done; 1 `doctor` found a failure or `tune` no alpha; 2 options, prompt or "
-    "policy; 3 model files; 4 memory budget; 5 download; 6 NaN or infinity; 70 a bug in moejax; "
-    "130 Ctrl-C."
+    "Exit codes: 0 done; 1 `doctor` found a failure, `tune` no alpha or `report --check` an old "
+    "table; 2 options, prompt or policy; 3 model files; 4 memory budget; 5 download; 6 NaN or "
+    "infinity; 70 a bug in moejax; 130 Ctrl-C."
 )
 
 app = typer.Typer(
@@ -308,6 +316,17 @@ def doctor(json: opt.AsJson = False) -> None:
 
     if not commands.doctor(json):
         raise typer.Exit(1)
+
+
+app.add_typer(trace_commands.app, name="trace")
+trace_commands.command("synthesize")(synthetic_commands.synthesize)
+for made_elsewhere in (
+    plan_commands.plan,
+    simulate_commands.simulate,
+    eval_commands.eval,
+    report_commands.report,
+):
+    command(made_elsewhere)
 
 
 def main() -> None:

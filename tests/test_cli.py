@@ -18,7 +18,7 @@ import moejax
 from moejax import cli, errors, exits
 
 COMMANDS = ["generate", "chat", "inspect", "convert", "bench", "tune", "policies"]
-COMMANDS += ["build-native", "doctor"]
+COMMANDS += ["build-native", "doctor", "plan", "simulate", "eval", "report", "trace"]
 SLOTS = 6
 
 
@@ -70,6 +70,7 @@ def test_version():
 
 def test_every_command_is_in_these_tests():
     known = {c.name or c.callback.__name__ for c in cli.app.registered_commands}
+    known |= {group.name for group in cli.app.registered_groups}
     assert {name.replace("_", "-") for name in known} == set(COMMANDS)
 
 

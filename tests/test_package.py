@@ -20,17 +20,25 @@ GROUPS = {
     "decisions": (
         "routing substitution alternatives eviction evictors residency placement prediction "
         "forecast speculation policy presets draft_presets preset_parts sampling drafting lengths "
-        "cutoffs pinning foresight utility price value acceptance"
+        "cycle_costs cutoffs pinning foresight utility price value acceptance"
     ),
     "mechanism": (
         "supply window experts models detokenize chat text decode live stats generate speculate "
         "cycles kernels checkpoints"
     ),
-    "analysis": "trace cost plan simulate metrics plots loss tuning",
+    "analysis": (
+        "trace trace_form trace_file trace_import trace_stats synthetic synthetic_fit accesses "
+        "stack_distance bookkeeping bounds tape replay_needs replay timeline simulate machines "
+        "reuse predict loss tuning"
+    ),
     "edges": (
         "allocator devices measure tiers warm hub orbax_directory runtime loading session describe "
         "doctor terminal commands conversation evaluate bench options cli __main__ low_bits exits "
-        "policy_commands report distances drafters"
+        "policy_commands report distances drafters catalogue plan plan_verify plots recorder record "
+        "perfetto trace_view trace_actions trace_commands synthetic_commands simulate_commands "
+        "plan_commands report_paths report_tables report_documents report_commands eval_tasks "
+        "eval_cache eval_forcing eval_lm eval_hub eval_compare eval_report eval_commands "
+        "sandbox_child sandbox"
     ),
 }
 LEVEL = {name: i for i, names in enumerate(GROUPS.values()) for name in names.split()}

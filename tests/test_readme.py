@@ -60,6 +60,7 @@ def test_the_blocks_of_a_page_run(page, tmp_path):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_pages_name_commands_that_exist(page):
     known = {c.name or c.callback.__name__ for c in cli.app.registered_commands}
+    known |= {group.name for group in cli.app.registered_groups}
     assert set(commands(page.read_text())) <= known
 
 
