@@ -16,6 +16,7 @@ from moejax.cycles import Cycles, tokens_of
 from moejax.errors import InputError, LinkError, NonFiniteError, PolicyError
 from moejax.generate import NONFINITE
 from moejax.live import Costs
+from moejax.policy import Policy
 from moejax.recorder import Recorder
 from moejax.runtime import Runtime
 from moejax.sampling import (
@@ -27,7 +28,7 @@ from moejax.sampling import (
     sequence_keys,
 )
 from moejax.speculate import Made, Target
-from moejax.state import DecodeState
+from moejax.state import DecodeState, array_fields
 from moejax.stats import Stats
 from moejax.trace import Phase, Trace
 
@@ -206,6 +207,11 @@ class _Run:
             loop = self._loop(self.runtime.init_state(size), texts, self._unseen(size))
             loop.compile(size)
         self.costs = Costs(self.policy, self.runtime.link)
+        own = set(array_fields(type(self.policy.placement))) if self.costs.active else set()
+        self.weighs = {"load", "host"} <= own
+        if self.weighs:  # a file holds no infinity, which a host may cost before it is measured
+            self.weighs = 0 < float(self.policy.placement.load) < np.inf
+            self.weighs &= float(self.policy.placement.host) < np.inf
         self.recorder.start()
 
     def groups(
@@ -274,15 +280,23 @@ class _Run:
         """Logits [B, V] after a recorded step of tokens [B, T]."""
         runtime, begun = self.runtime, time.perf_counter()
         fixed = (runtime.model, self.policy, runtime.params, runtime.store)
+        costs = self._weighed(self.policy)
         self.state, out = decode.decode_step(*fixed, self.state, tokens, scores=True)
         out.logits.block_until_ready()
         times = (begun, time.perf_counter())
         decode.check_arrived(runtime.store, out)
-        self.recorder.add(phase, tokens, self.lengths, self.sequences, out.trace, times)
+        where = (self.lengths, self.sequences)
+        self.recorder.add(phase, tokens, *where, out.trace, times, costs=costs)
         self.lengths = self.lengths + (tokens >= 0).sum(axis=1)
         if phase == Phase.DECODE and self.costs.active:
             self.policy = self.costs.learn(self.policy, times[1] - times[0])
         return out.logits
+
+    def _weighed(self, policy: Policy) -> tuple[float, float] | None:
+        """The costs of a placement that learns them, if two numbers are all that it learns."""
+        if not self.weighs:
+            return None
+        return float(policy.placement.load), float(policy.placement.host)
 
     def _drawn(
         self, logits: jax.Array, tokens: np.ndarray, seen: jax.Array | None, active: np.ndarray
@@ -305,6 +319,7 @@ class _Run:
         while not (finished | (room < 1)).all():
             active = ~finished & (room > 0)
             pending, begun = np.asarray(loop.run.pending), time.perf_counter()
+            costs = self._weighed(loop.target.policy)
             made = self._cycle(loop, active, room)
             times = (begun, time.perf_counter())
             place = np.arange(made.token.shape[1])
@@ -312,7 +327,7 @@ class _Run:
             fed = np.where((place <= made.drafted[:, None]) & active[:, None], fed, -1)
             accepted = place < made.count[:, None]
             start = (self.lengths, self.sequences)
-            self.recorder.add(Phase.VERIFY, fed, *start, loop.trace, times, accepted)
+            self.recorder.add(Phase.VERIFY, fed, *start, loop.trace, times, accepted, costs)
             self.lengths = self.lengths + made.count
             places = [*tokens_of(made, ~active, room, runtime.stop_ids)]
             loop.stats.add_cycle(made, active, loop.drafted, len(places))

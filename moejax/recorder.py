@@ -20,6 +20,8 @@ COUNTS = (
 )
 TYPES = {name: kind for name, (kind, _) in COLUMNS.items()}
 TYPES |= {f"counts/{name}": COUNT[name == "replaced_mass"][0] for name in COUNTS}
+COSTS = ("load_us", "host_us")  # that the placement weighed
+TYPES |= {f"counts/{name}": COUNT[1][0] for name in COSTS}
 MASKS = ("resident", "fresh", "hosted", "lowered")
 MERGED = 512  # passes whose arrays become one: many small arrays take more than they hold
 EVENTS = 1 << 16  # of a link that its log holds from one pass to the next
@@ -121,6 +123,7 @@ class Recorder:
         trace: StepTrace,
         times: tuple[float, float],
         accepted: np.ndarray | None = None,
+        costs: tuple[float, float] | None = None,
     ) -> None:
         """Add a pass.
 
@@ -131,6 +134,7 @@ class Recorder:
             trace: recorded with scores.
             times: of `time.perf_counter`, before and after.
             accepted: [B, T] bool; all by default.
+            costs: of a record over the link and an expert on the host, as the pass had them.
         """
         wanted = ("picks", "weights", *MASKS, *COUNTS, "exact")
         wanted += () if self.scores == 0 else ("scores",)
@@ -151,6 +155,9 @@ class Recorder:
             "seconds": np.array([times[1] - times[0]]),
             **{f"counts/{name}": found[name][None] for name in COUNTS},
         }
+        if costs is not None:
+            for name, cost in zip(COSTS, costs, strict=True):
+                columns[f"counts/{name}"] = np.full((1, picks.shape[1]), cost)
         if self.weights:
             columns["weights"] = np.moveaxis(found["weights"], 1, 0)[rows]
         if self.exact:

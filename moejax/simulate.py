@@ -11,6 +11,7 @@ from moejax import accesses, replay, replay_needs
 from moejax.config import RouterRule
 from moejax.errors import BudgetError, InputError, PolicyError
 from moejax.policy import Policy, policy, policy_names
+from moejax.state import array_fields
 from moejax.tape import replayed, tape_of
 from moejax.trace import Phase, Trace
 
@@ -57,6 +58,7 @@ class Simulated:
     tokens: int  # made in them, drafts that were rejected not counted
     sequences: float  # that a decode pass runs, on average
     record_bytes: int | None
+    lossy: bool = False  # its router made picks of its own
     resident: np.ndarray | None = None  # [P, L, E] when each layer began, if kept
 
     def total(self, name: str) -> float:
@@ -118,7 +120,7 @@ def simulate(
     named = [(_name(p), p if isinstance(p, Policy) else _known(p)) for p in policies]
     check_slots(trace, slots, asked)
     kept = trace.of_passes(replayed(trace))
-    if trace.exact is not None:  # exact policies and caches run what the model's own router chose
+    if trace.exact is not None:  # caches run what the model's own router chose
         kept = dataclasses.replace(kept, picks=kept.exact)
     found = []
     for name, made in named:
@@ -135,6 +137,13 @@ def prepared(trace: Trace, asked: Asked) -> Trace:
     """The passes that are replayed."""
     if not np.isin(trace.pass_phases(), (Phase.DECODE, Phase.VERIFY)).any():
         raise InputError("the trace has no decode passes to count: record some generated tokens")
+    counted = np.isin(trace.phase, (Phase.DECODE, Phase.VERIFY))
+    for name in ("picks", "exact"):
+        column = getattr(trace, name)
+        if column is not None and not (column[counted] >= 0).any():
+            raise InputError(f"the decode passes of the trace have no {name} to count")
+    if not trace.accepted[counted].any():
+        raise InputError("the decode passes of the trace made no token: all drafts were rejected")
     if asked.warm == "none":
         trace = trace.of_phase(*(phase for phase in Phase if phase != Phase.PREFILL))
     alone = asked.alone
@@ -228,10 +237,31 @@ def access_counts(trace: Trace, hits: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.add.reduceat(count, starts) for name, count in by_token.items()}
 
 
-def unavoidable(trace: Trace) -> np.ndarray:
-    """[P, L] experts that a prepared trace uses for the first time."""
+def own_picks(trace: Trace) -> Trace:
+    """The trace with the picks of the model's own router, which exact policies replay."""
+    if trace.exact is None:
+        return trace
+    return dataclasses.replace(trace, picks=trace.exact, exact=None)
+
+
+def per_step(trace: Trace) -> tuple[float, float]:
+    """Distinct experts of a layer, and tokens of a sequence, in a prepared trace's decode step."""
+    kept = own_picks(trace.of_passes(replayed(trace)))
+    step = kept.pass_phases() != Phase.PREFILL
+    number = (accesses.distinct(kept) >= 0).sum(axis=-1)[step].mean()
+    rows = step[kept.run]
+    pairs = np.unique(np.stack([kept.run[rows], kept.sequence[rows]]), axis=1)
+    return float(number), float((rows & kept.accepted).sum() / pairs.shape[1])
+
+
+def unavoidable(trace: Trace, *, lossy: bool = False) -> np.ndarray:
+    """[P, L] experts that a prepared trace uses for the first time.
+
+    Args:
+        lossy: of the picks that were made; else of the model's own router's, if they are others.
+    """
     kept = trace.of_passes(replayed(trace))
-    uses = accesses.distinct(kept)
+    uses = accesses.distinct(kept if lossy else own_picks(kept))
     return _of_passes(uses >= 0, accesses.infinite(uses, trace.experts))["fetched"]
 
 
@@ -255,7 +285,8 @@ def _accessed(
             raise PolicyError(f"policy {name!r} reads router scores: use engine semantics")
         own = [dataclasses.replace(made, capacity=jnp.int32(number)) for number in slots]
         setting = replay.Setting(experts=size, check=asked.check)
-        counts = replay.run(tape_of(single), own, max(slots), setting, per_layer=asked.per_layer)
+        tape = tape_of(single, scores=False)
+        counts = replay.run(tape, own, max(slots), setting, per_layer=asked.per_layer)
         _check_tables(counts, name)
         found = [_folded(hits, trace, asked.per_layer) for hits in counts["hits"]]
     label = "exact" if trace.exact is None else OTHER
@@ -283,9 +314,12 @@ def _replayed(
 ) -> list[Simulated]:
     made = replay_needs.with_prefetch(made, asked.prefetch)
     lossy = trace.exact is not None
-    if lossy and made.exact:
-        trace = dataclasses.replace(trace, picks=trace.exact, exact=None)
-    tape, phases = tape_of(trace), trace.pass_phases()
+    if made.exact:
+        trace = own_picks(trace)
+    wide = made.looks_ahead or replay_needs.reads_scores(made, trace.layers, trace.experts)
+    tape, phases = tape_of(trace, scores=bool(wide)), trace.pass_phases()
+    if not _priced(trace, made):
+        tape = dataclasses.replace(tape, load=None, host=None)
     replay_needs.check(
         made,
         name,
@@ -311,9 +345,8 @@ def _replayed(
             other = replay.run(tape, own[i : i + 1], max(slots), again, **whole)
             mine, label = {key: values[0] for key, values in other.items()}, "closed-loop, recorded"
         resident = mine.pop("resident", None)
-        found.append(
-            _result(kept, name, number, asked, label=label, counts=mine, resident=resident)
-        )
+        given = {"label": label, "counts": mine, "resident": resident, "lossy": not made.exact}
+        found.append(_result(kept, name, number, asked, **given))
     return found
 
 
@@ -322,7 +355,7 @@ def _label(trace: Trace, made: Policy, asked: Asked, counts: dict[str, np.ndarra
     if made.exact:
         if asked.prefetch == "oracle" and made.predictor.horizon:
             return "bound, prefetch always right"
-        return "exact"
+        return _unknown(trace, made) or "exact"
     picks = (trace.picks >= 0).any(axis=2).sum()
     other = counts["differing"].sum() / picks
     if trace.exact is not None and other == 0:
@@ -330,6 +363,30 @@ def _label(trace: Trace, made: Policy, asked: Asked, counts: dict[str, np.ndarra
     if trace.exact is not None and other < CLOSE and not made.low_bit:
         return None
     return f"open-loop, {other:.1%} of picks differ"
+
+
+def _priced(trace: Trace, made: Policy) -> bool:
+    """Whether the trace holds the costs that the policy learns; lossy ones learn none."""
+    known = {"load_us", "host_us"} <= set(trace.counts)
+    return known and made.exact and {"load", "host"} <= set(array_fields(type(made.placement)))
+
+
+def _unknown(trace: Trace, made: Policy) -> str | None:
+    """Why a replay of an exact policy may differ from its run, in what the trace does not hold."""
+    if trace.about.get("link"):
+        if hasattr(made.foresight, "with_rate"):
+            return "open-loop, learns its link's rate"
+        learns = made.placement.uses_host and hasattr(made.placement, "with_costs")
+        if learns and not _priced(trace, made):
+            return "open-loop, learns costs that were not recorded"
+        late = trace.counts.get("overdue")
+        if made.placement.uses_host and late is not None and late.any():
+            return "open-loop, the host took over what was late"
+    if not replay_needs.reads_scores(made, trace.layers, trace.experts):
+        return None
+    if trace.scores is None:
+        return "truncated scores"
+    return "rounded scores" if trace.scores.dtype == np.float16 else None
 
 
 def _check_tables(counts: dict[str, np.ndarray], name: str) -> None:

@@ -146,7 +146,7 @@ def compare(
     if record_bytes is not None:
         about = trace.about | {"record_bytes": parse_bytes(record_bytes)}
         trace = dataclasses.replace(trace, about=about)
-    rates = _rates(trace, **machine)
+    rates = _rates(trace, settings, **machine)
     if each:
         slots = [number * trace.layers for number in each]
     elif not slots:
@@ -175,7 +175,12 @@ def compare(
 
 
 def _rates(
-    trace: Any, hardware: str | None, disk: bool, link: str | None, resident_tpot: float | None
+    trace: Any,
+    asked: Any,
+    hardware: str | None,
+    disk: bool,
+    link: str | None,
+    resident_tpot: float | None,
 ) -> Any:
     """The rates to predict with; None where no machine was named."""
     if hardware is None:
@@ -200,7 +205,10 @@ def _rates(
         host = max(rates.host_us, paced.host_us)
         rates = dataclasses.replace(rates, load_us=load, latency_us=0.0, host_us=host)
     if resident_tpot is not None:
-        rates = rates.with_resident(resident_tpot * 1e3, trace.layers, trace.top_k)
+        from moejax.simulate import per_step, prepared
+
+        experts, tokens = per_step(prepared(trace, asked))
+        rates = rates.with_resident(resident_tpot * 1e3 * tokens, trace.layers, experts)
     return rates
 
 
@@ -210,13 +218,14 @@ def _add_times(
     from moejax import timeline
     from moejax.simulate import prepared, unavoidable
 
-    first = unavoidable(prepared(trace, asked))
+    made = prepared(trace, asked)
+    first = {lossy: unavoidable(made, lossy=lossy) for lossy in {one.lossy for one in found}}
     for row, one in zip(rows, found, strict=True):
         times = timeline.times(one.counts, rates)
         row["tpot_ms"] = one.tpot(times.total) / 1e3
         row["limit"] = times.limit(one.decode)
         row["link_busy_ms"] = one.tpot(times.busy) / 1e3
-        bounds = timeline.bounds(one.counts, first, rates)
+        bounds = timeline.bounds(one.counts, first[one.lossy], rates)
         row["bounds_ms"] = {name: one.tpot(bound) / 1e3 for name, bound in bounds.items()}
 
 

@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.errors import InputError
 from moejax.state import pytree
 from moejax.trace import Phase, Trace
+
+MOST_BYTES = 4 << 30  # of a tape
 
 
 @pytree
@@ -37,22 +40,50 @@ def replayed(trace: Trace) -> np.ndarray:
     return trace.pass_phases() != Phase.DRAFT
 
 
-def tape_of(trace: Trace) -> Tape:
-    """The passes of a trace that are replayed."""
-    phases, scores = trace.pass_phases(), full_scores(trace)
+def tape_of(trace: Trace, *, scores: bool = True) -> Tape:
+    """The passes of a trace that are replayed.
+
+    Args:
+        scores: with router scores, if the trace has any.
+
+    Raises:
+        InputError: it would take more than `MOST_BYTES` of memory.
+    """
+    phases = trace.pass_phases()
+    wide = scores and (trace.scores is not None or trace.top_ids is not None)
+    _check_size(trace, phases, wide)
+    values = full_scores(trace) if wide else None
     chosen = [np.flatnonzero(phases == Phase.PREFILL)]
     chosen.append(np.flatnonzero((phases == Phase.DECODE) | (phases == Phase.VERIFY)))
     kept = replayed(trace)
     is_prompt = (phases == Phase.PREFILL)[kept]
     place = np.where(is_prompt, np.cumsum(is_prompt), np.cumsum(~is_prompt)) - 1
-    costs = trace.about.get("live_costs", {})
+    costs = {"load": trace.counts.get("load_us"), "host": trace.counts.get("host_us")}
+    if any(cost is None for cost in costs.values()):
+        costs = {}
     return Tape(
-        prompts=_rows(trace, chosen[0], scores),
-        steps=_rows(trace, chosen[1], scores),
+        prompts=_rows(trace, chosen[0], values),
+        steps=_rows(trace, chosen[1], values),
         is_prompt=jnp.asarray(is_prompt),
         place=jnp.asarray(place, jnp.int32),
-        **{name: jnp.asarray(costs[name], jnp.float32)[kept] for name in costs},
+        **{name: jnp.asarray(cost[kept, 0], jnp.float32) for name, cost in costs.items()},
     )
+
+
+def _check_size(trace: Trace, phases: np.ndarray, scores: bool) -> None:
+    """Raise InputError where the padded passes would not fit."""
+    picks = trace.layers * trace.top_k * 4 * (1 if trace.exact is None else 2)
+    each = picks + (trace.layers * trace.experts * 4 if scores else 0)
+    counts, rows = np.diff(trace.offsets()), 0
+    for own in (phases == Phase.PREFILL, (phases == Phase.DECODE) | (phases == Phase.VERIFY)):
+        rows += int(own.sum()) * int(counts[own].max(initial=0))
+    unpacked = trace.rows * trace.layers * (trace.experts + 1) * 4 if scores else 0
+    if (size := rows * each + unpacked) > MOST_BYTES:
+        raise InputError(
+            f"this replay would take {size / 2**30:.1f} GiB, more than {MOST_BYTES >> 30}, with "
+            "every pass padded to the longest: leave the prompts out (--warm none), take their "
+            "tokens one by one (--prompt-alone), or cut the trace"
+        )
 
 
 def full_scores(trace: Trace) -> np.ndarray | None:

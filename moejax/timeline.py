@@ -33,17 +33,17 @@ class Rates:
             if not 0 <= value < np.inf:
                 raise InputError(f"{name} is {value}: times must be at least 0 and finite")
 
-    def with_resident(self, tpot_us: float, layers: int, experts: int) -> "Rates":
-        """With the time per layer that makes a step with nothing missing take `tpot_us`.
+    def with_resident(self, step_us: float, layers: int, experts: float) -> "Rates":
+        """With the time per layer that makes a step with nothing missing take `step_us`.
 
         Args:
-            experts: that a layer runs in a step.
+            experts: that a layer runs in a step, on average.
         """
-        left = tpot_us - self.step_us - layers * experts * self.expert_us
+        left = step_us - self.step_us - layers * experts * self.expert_us
         if left < 0:
             raise InputError(
-                f"{tpot_us / 1e3:g} ms per token is less than its experts take "
-                f"({(tpot_us - left) / 1e3:g} ms): give the time of a step with all resident"
+                f"{step_us / 1e3:g} ms per step is less than its experts take "
+                f"({(step_us - left) / 1e3:g} ms): give the time of a step with all resident"
             )
         return dataclasses.replace(self, layer_us=left / layers)
 
@@ -150,19 +150,21 @@ def _layer(
 def bounds(
     counts: dict[str, np.ndarray], unavoidable: np.ndarray, rates: Rates
 ) -> dict[str, np.ndarray]:
-    """Times [..., P] that nothing gets below, in microseconds.
+    """Times [..., P] of the same uses with less in their way, in microseconds.
 
     `resident`: all experts in slots. `infinite_cache`: each expert is fetched once, at its first
-    use. `link`: the link does nothing but what was moved. `oracle_prefetch`: that, and the device
-    beside it, with nothing ever waited for.
+    use, and nothing ahead: prefetches may get below it. `link`: the link does nothing but what was
+    moved. `oracle_prefetch`: that, and the device beside it, with nothing ever waited for; the
+    policy could get below it by moving less, or by giving the host more.
 
     Args:
         counts: of a replay.
-        unavoidable: [P, L] experts used for the first time.
+        unavoidable: [P, L] experts used for the first time, of the routing that was replayed.
     """
     needed = counts["needed"]
     whole = times({"needed": needed, "hits": needed}, rates)
-    first = np.broadcast_to(unavoidable, needed.shape)
+    # A router that chooses by what is resident may need less than the recorded picks.
+    first = np.minimum(unavoidable, needed)
     cold = times({"needed": needed, "hits": needed - first, "fetched": first}, rates)
     moved = counts["fetched"] + counts.get("prefetched", 0)
     link = moved.sum(axis=-1) * rates.load_us

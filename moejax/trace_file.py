@@ -1,6 +1,7 @@
 """The file of a trace: a zip archive of NumPy columns and one JSON header, written atomically.
 
-Nothing is read before it is known to fit: a hostile file costs no memory.
+Sizes are compared before anything is read: a hostile file costs at most `ALWAYS_FITS` of memory, or
+`MOST_RATIO` times its own size if that is more.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from moejax.trace_form import (
 )
 
 HEADER = "header.json"
-HEADER_BYTES = 16 << 20
+HEADER_BYTES = 1 << 20
 ALWAYS_FITS = 64 << 20  # bytes unpacked
 MOST_RATIO = 500  # of larger ones to the file: traces reach some 50
 STAMP = (1980, 1, 1, 0, 0, 0)  # of all members: the same trace gives the same file
@@ -48,6 +49,8 @@ def save(trace: Any, path: str | os.PathLike) -> None:
         text = json.dumps(header | {"about": trace.about}, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InputError(f"`about` of a trace must be JSON: {error}") from None
+    if len(text.encode()) > HEADER_BYTES:
+        raise InputError(f"`about` of a trace must be less than {HEADER_BYTES} bytes of JSON")
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(unfinished, "wb") as file:

@@ -1,15 +1,20 @@
 """What a trace is made of: its columns, their codes, and the checks that they pass."""
 
+import dataclasses
 import enum
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from moejax.config import RouterRule
 from moejax.errors import InputError
 
 FORMAT, VERSION = "moejax-trace", 1
 MOST_EXPERTS = np.iinfo(np.int16).max
+MOST_LAYERS, MOST_IN_ALL = 1 << 12, 10**6  # experts of all layers
+MOST_RECORD = 1 << 40  # bytes
+LATEST = 1e9  # seconds, thirty years
 
 
 class Phase(enum.IntEnum):
@@ -119,6 +124,44 @@ def check_form(trace: Any) -> None:
         check_array(f"reads/{name}", column, [READS[name]], sizes)
     if 0 in (sizes["L"], sizes["K"], sizes.get("M", 1)):
         raise InputError("a trace has at least one layer, one pick and one score")
+    if sizes["L"] > MOST_LAYERS or sizes["L"] * trace.experts > MOST_IN_ALL:
+        raise InputError(
+            f"a trace has up to {MOST_LAYERS} layers and {MOST_IN_ALL} experts in all, not "
+            f"{sizes['L']} layers of {trace.experts}"
+        )
+    check_about(trace.about)
+
+
+def check_about(about: Any) -> None:
+    """Raise InputError unless what programs read of `about` is what they take it for."""
+    if not isinstance(about, dict):
+        raise InputError(f"about of a trace must be an object, not {type(about).__name__}")
+    size = about.get("record_bytes")
+    if size is not None and (type(size) is not int or not 0 < size <= MOST_RECORD):
+        raise InputError(
+            f"record_bytes {size!r:.40} of a trace is not a number of bytes in [1, {MOST_RECORD}]"
+        )
+    for name in ("source", "link", "policy"):
+        if not isinstance(about.get(name), str | None):
+            raise InputError(f"{name} of a trace must be text, not {about[name]!r:.40}")
+    if "router" in about:
+        _check_router(about["router"])
+
+
+def _check_router(given: Any) -> None:
+    fields = {field.name: field for field in dataclasses.fields(RouterRule)}
+    if not isinstance(given, dict) or not {"normalize"} <= set(given) <= set(fields):
+        raise InputError(
+            f"router {given!r:.60} of a trace must have normalize, and may have "
+            f"{', '.join([*fields][1:])}"
+        )
+    for name, value in given.items():
+        kind = fields[name].type
+        right = type(value) is kind or (kind is float and type(value) is int)
+        if kind is not bool:
+            right = right and 0 < value < 1e9
+        if not right:
+            raise InputError(f"router {name} {value!r:.40} of a trace is not a {kind.__name__}")
 
 
 def check_rows(trace: Any) -> None:
@@ -151,8 +194,11 @@ def check_values(trace: Any) -> None:
             raise InputError(f"{name} of a trace hold NaN or infinity")
     for name in ("began", "seconds"):
         times = getattr(trace, name)
-        if times is not None and not (np.isfinite(times) & (times >= 0)).all():
-            raise InputError(f"{name} of a trace must be finite and not negative")
+        if times is not None and not ((times >= 0) & (times <= LATEST)).all():
+            raise InputError(f"{name} of a trace must be in [0, {LATEST:g}] seconds")
+    for name, column in trace.reads.items():
+        if name.endswith("_us") and not (np.abs(column) <= LATEST * 1e6).all():
+            raise InputError(f"reads/{name} of a trace is further than {LATEST:g} seconds away")
     _check_ids("reads/expert", trace.reads.get("expert"), trace.layers * trace.experts)
     _check_ids("reads/run", trace.reads.get("run"), trace.passes)
 

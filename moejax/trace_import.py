@@ -16,13 +16,14 @@ import numpy as np
 
 from moejax.errors import InputError
 from moejax.trace import Outcome, Phase, Trace
-from moejax.trace_form import MOST_EXPERTS
+from moejax.trace_form import MOST_EXPERTS, MOST_LAYERS
 
 OPENERS: dict[str, Callable[..., IO[str]]] = {".xz": lzma.open, ".gz": gzip.open}
 # BigMoeOnEdge's residency: 0 = miss, 1 = hit, 2 = hit by prefetch.
 OUTCOMES = (Outcome.MISS, Outcome.HIT, Outcome.PREFETCHED)
 PHASES = {"prefill": Phase.PREFILL, "decode": Phase.DECODE}
-MOST_LAYERS, MOST_PICKS, LONGEST_LINE = 1 << 12, 1 << 10, 1 << 20
+MOST_PICKS, LONGEST_LINE = 1 << 10, 1 << 20
+MOST_TEXT = 1 << 30  # characters of a file once decompressed
 EMPTIEST = 64  # places of a trace for each pick that a table holds
 
 
@@ -60,7 +61,7 @@ class _Lines:
     """Lines of a file, counted, those that begin it with # apart."""
 
     def __init__(self, path: pathlib.Path, file: IO[str]):
-        self.path, self.number = path, 0
+        self.path, self.number, self.size = path, 0, 0
         self._file, self._next = file, ""
         self._comments: list[str] | None = None
 
@@ -81,6 +82,9 @@ class _Lines:
         if len(line) == LONGEST_LINE:
             raise self.error("is too long")
         self.number += bool(line)
+        self.size += len(line)
+        if self.size > MOST_TEXT:
+            raise self.error(f"ends more than {MOST_TEXT} characters: cut the table in parts")
         return line
 
     def __iter__(self) -> Iterator[str]:

@@ -16,6 +16,7 @@ from moejax.errors import InputError, NonFiniteError, PolicyError
 from moejax.kernels import build
 from moejax.policy import policy
 from moejax.recorder import outcomes
+from moejax.simulate import Asked, simulate
 from moejax.trace import Outcome, Phase, Trace
 from moejax.trace_commands import app
 
@@ -220,6 +221,30 @@ def test_reads_over_a_link_are_those_of_the_passes(directory):
     # The clocks of both are compared to a few microseconds.
     assert (reads["requested_us"] >= begun * 1e6 - 50).all()
     assert (reads["landed_us"] <= ended * 1e6 + 50).all()
+
+
+@needs_native
+def test_learned_costs_are_recorded_and_replayed(directory):
+    """What a placement had measured by each pass: the replay splits every layer alike."""
+    link, name = "paced:0.001,50", "balanced:load=1,host=1"
+    runtime = moejax.load(directory, slots=5, context=128, policy=name, link=link)
+    keep = record.Keep(residency=True)
+    trace = record.record(runtime, PROMPTS, max_new_tokens=NEW, keep=keep, batch=2)
+    load = trace.counts["load_us"]
+    assert load[0, 0] == 1 and load[-1, 0] > 50 and (load == load[:, :1]).all()
+    asked = Asked(semantics="engine")
+    [found] = simulate(trace, [name], [5], asked, keep=True)
+    counts = {n: c for n, c in trace.counts.items() if n not in ("load_us", "host_us")}
+    [without] = simulate(dataclasses.replace(trace, counts=counts), [name], [5], asked)
+    assert without.label.startswith("open-loop, learns costs")
+    assert without.total("fetched") > found.total("fetched")
+    if trace.counts["overdue"].any():  # the link was late, which no replay can know
+        assert found.label.startswith("open-loop, the host took over")
+    else:
+        assert found.label == "rounded scores"
+        for count in ("hits", "fetched", "host"):
+            np.testing.assert_array_equal(found.counts[count], trace.counts[count], count)
+        np.testing.assert_array_equal(found.resident, trace.resident)
 
 
 @pytest.mark.parametrize("first", [0, 1])

@@ -14,13 +14,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from moejax import accesses, bounds, exits, replay, simulate_commands, stack_distance, timeline
+from moejax import (
+    accesses,
+    bounds,
+    exits,
+    replay,
+    simulate_commands,
+    stack_distance,
+    tape,
+    timeline,
+)
 from moejax import residency as tables
 from moejax.bookkeeping import Tables
 from moejax.errors import BudgetError, InputError, PolicyError
 from moejax.machines import machine
 from moejax.policy import policy
-from moejax.simulate import Asked, simulate, unavoidable
+from moejax.simulate import Asked, per_step, simulate, unavoidable
 from moejax.state import ExpertStore, Residency, pytree
 from moejax.supply import Shelf
 from moejax.tape import tape_of
@@ -284,6 +293,57 @@ def test_broken_tables_are_found(monkeypatch):
     trace = random_trace(tokens=20, experts=9)
     with pytest.raises(PolicyError, match="broke the tables in pass 0, layer 0"):
         simulate(trace, ["lru"], [11], Asked(semantics="engine", check=True))
+
+
+def test_decode_that_made_nothing_is_refused():
+    trace = random_trace()
+    decode = trace.phase == Phase.DECODE
+    empty = dataclasses.replace(trace, picks=np.where(decode[:, None, None], -1, trace.picks))
+    with pytest.raises(InputError, match="no picks to count"):
+        simulate(empty, ["lru"], [9])
+    with pytest.raises(InputError, match="all drafts were rejected"):
+        simulate(dataclasses.replace(trace, accepted=~decode), ["lru"], [9])
+
+
+def test_memory_is_refused_before_it_is_taken(monkeypatch):
+    """Scores that no part of the policy reads take none."""
+    trace = random_trace(scores=True)
+    monkeypatch.setattr(tape, "MOST_BYTES", 60 * 3 * 8 * 4)
+    assert tape_of(trace, scores=False).steps.scores is None
+    simulate(trace, ["lru"], [9], ENGINE)
+    with pytest.raises(InputError, match="leave the prompts out"):
+        simulate(trace, ["score-window:window=3"], [9], ENGINE)
+
+
+def test_the_time_of_a_step_is_of_all_that_it_runs():
+    """Windows of four tokens, of which three were accepted, run more experts than one token."""
+    trace = random_trace(prompt=4)
+    number = np.arange(trace.rows, dtype=np.int32)
+    run = number // 4
+    trace = dataclasses.replace(
+        trace,
+        run=run,
+        phase=np.where(run == 0, Phase.PREFILL, Phase.VERIFY).astype(np.uint8),
+        accepted=number % 4 != 3,
+    )
+    experts, tokens = per_step(trace)
+    windows = trace.picks[4:].reshape(-1, 4, trace.layers, 2).swapaxes(1, 2)
+    wanted = [len(np.unique(own)) for window in windows for own in window]
+    assert experts == np.mean(wanted) > trace.top_k and tokens == 3
+    # With all in slots the prediction is what was given.
+    given = {"hardware": "rtx-4090", "disk": False, "link": None, "resident_tpot": 2.0}
+    rates = simulate_commands._rates(trace, ENGINE, **given)
+    [found] = simulate(trace, ["lru"], [24], ENGINE)
+    counts = {"needed": found.counts["needed"], "hits": found.counts["needed"]}
+    assert found.tpot(timeline.times(counts, rates).total) == pytest.approx(2000)
+
+
+def test_first_uses_are_of_the_routing_that_is_replayed():
+    trace = random_trace()
+    same = dataclasses.replace(trace, picks=np.zeros_like(trace.picks), exact=trace.picks)
+    same.picks[..., 1] = 1
+    np.testing.assert_array_equal(unavoidable(same), unavoidable(trace))
+    assert unavoidable(same, lossy=True).sum() == 2 * trace.layers
 
 
 RATES = timeline.Rates(step_us=5.0, layer_us=10.0, expert_us=2.0, load_us=100.0)

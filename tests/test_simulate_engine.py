@@ -8,6 +8,7 @@ import pytest
 from conftest import build, small_config
 
 from moejax import decode, replay
+from moejax.foresight import Promote
 from moejax.policy import policy
 from moejax.prediction import Everything, NoPrediction, PreviousToken
 from moejax.recorder import Recorder
@@ -106,12 +107,44 @@ def test_live_costs_are_those_of_the_run(balanced):
     """A placement that learned its costs step by step is replayed with what it had learned."""
     made, per_layer, _ = EXACT["balanced"]
     asked = dataclasses.replace(CHECKED, per_layer=per_layer)
-    dear = {"load": [1e6] * balanced.passes, "host": [1.0] * balanced.passes}
-    told = dataclasses.replace(balanced, about=balanced.about | {"live_costs": dear})
+    shape = (balanced.passes, balanced.layers)
+    dear = {"load_us": np.full(shape, 1e6, "f4"), "host_us": np.ones(shape, "f4")}
+    told = dataclasses.replace(balanced, counts=balanced.counts | dear)
     [own], [learned] = (simulate(t, [made], [9], asked, keep=True) for t in (balanced, told))
     # The two pointers fetch the first miss of a layer whatever it costs, and here no other.
     assert (learned.counts["fetched"] <= 1).all() and (own.counts["fetched"] > 1).any()
     assert learned.total("host") > own.total("host")
+
+
+def test_what_a_trace_does_not_hold_is_not_called_exact(model, balanced):
+    """Costs and rates learned over a link, and scores as files hold them."""
+    made, per_layer, _ = EXACT["balanced"]
+    asked = dataclasses.replace(CHECKED, per_layer=per_layer)
+
+    def label(trace, made):
+        return simulate(trace, [made], [9], asked)[0].label
+
+    linked = dataclasses.replace(balanced, about=balanced.about | {"link": "paced:20,1"})
+    assert label(linked, made).startswith("open-loop, learns costs")
+    assert label(linked, policy("lru")) == "exact"
+    ones = np.ones((balanced.passes, balanced.layers), "f4")
+    counts = linked.counts | {"load_us": ones, "host_us": ones}
+    told = dataclasses.replace(linked, counts=counts)
+    late = {"overdue": np.ones((balanced.passes, balanced.layers), np.int32)}
+    assert label(told, policy("score-window:window=4")) == "exact"
+    priced = mixed("lru", placement=policy("auto").placement)
+    assert label(told, priced).startswith("open-loop, learns costs")
+    late = dataclasses.replace(told, counts=told.counts | late)
+    assert label(late, made).startswith("open-loop, the host took over")
+    promoting = mixed("lru", foresight=Promote())
+    assert label(linked, promoting).startswith("open-loop, learns its link's rate")
+    rounded = dataclasses.replace(balanced, scores=balanced.scores.astype(np.float16))
+    assert label(rounded, policy("score-window:window=4")) == "rounded scores"
+    assert label(rounded, policy("lru")) == "exact"
+    ids = np.argsort(-balanced.scores, axis=2)[:, :, :4].astype(np.int16)
+    most = np.take_along_axis(balanced.scores, ids.astype(int), axis=2).astype(np.float16)
+    cut = dataclasses.replace(balanced, scores=None, top_ids=ids, top_scores=most)
+    assert label(cut, policy("score-window:window=4")) == "truncated scores"
 
 
 @pytest.fixture(scope="module")

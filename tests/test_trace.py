@@ -249,6 +249,46 @@ def test_a_hostile_file_costs_no_memory(saved):
         made(1).save(saved)
 
 
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({"record_bytes": "many"}, "record_bytes 'many'"),
+        ({"record_bytes": True}, "record_bytes True"),
+        ({"router": "softmax"}, "must have normalize"),
+        ({"router": {"normalize": True, "colour": 1}}, "must have normalize"),
+        ({"router": {"normalize": 1}}, "normalize 1 .* not a bool"),
+        ({"router": {"normalize": True, "num_groups": 0}}, "num_groups 0 .* not a int"),
+        ({"source": ["moejax"]}, "source of a trace must be text"),
+    ],
+)
+def test_what_is_read_of_about_is_checked(about, message):
+    with pytest.raises(InputError, match=message):
+        made(1, about=about).check()
+    made(1, about={"router": {"normalize": False, "scale": 2}, "record_bytes": 1}).check()
+
+
+def test_sizes_and_times_are_bounded(tmp_path, monkeypatch):
+    wide = np.zeros((1, 4097, 1), np.int16)
+    row = {"rows": 1, "top_k": 1, "optional": False}
+    for experts in (5, 2000):
+        layers = 4097 if experts == 5 else 501
+        with pytest.raises(InputError, match="layers and 1000000 experts in all"):
+            made(1, **row, experts=experts, picks=wide[:, :layers]).check()
+    with pytest.raises(InputError, match="bytes of JSON"):
+        made(1, about={"note": "x" * (1 << 20)}).save(tmp_path / "long")
+    far = made(1)
+    with pytest.raises(InputError, match=r"seconds of a trace must be in \[0, 1e\+09\]"):
+        dataclasses.replace(far, seconds=far.seconds + 1e300).check()
+    reads = {"expert": np.zeros(1, np.int32), "landed_us": np.full(1, 1e306)}
+    with pytest.raises(InputError, match="reads/landed_us of a trace is further"):
+        dataclasses.replace(far, reads=reads).check()
+    path = tmp_path / "table.jsonl.xz"
+    path.write_bytes(lzma.compress(b"\n" * 100_000))
+    monkeypatch.setattr(trace_import, "MOST_TEXT", 50_000)
+    with pytest.raises(InputError, match="line 50001 ends more than 50000 characters"):
+        trace_import.read(path)
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_a_zip_that_tricks_is_refused(saved):
     """A column that is there twice, one packed in another way, and one in Fortran's order."""
