@@ -283,6 +283,7 @@ def summarise(rows: list[dict]) -> dict[str, Any]:
         "tpot_over_best_rival": whole["tpot_ms"] / best["tpot_ms"],
         "best_rival": best["name"],
         "ttft_over_lru": whole["ttft_ms"] / lru["ttft_ms"],
+        "ttft_over_best_rival": whole["ttft_ms"] / min(r["ttft_ms"] for r in [lru, *rivals]),
         "missed_bytes_over_lru": over_lru("+balance", missed),
         "missed_bytes_over_lru_without_host": over_lru("+prefetch", missed),
         "missed_bytes_over_lru_without_prefetch": over_lru("+substitution", missed),

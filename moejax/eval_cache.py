@@ -1,19 +1,24 @@
 """Results of scoring on the disk, found again by what made them: model, policy, budget, request."""
 
+import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
 import pathlib
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
+from moejax import checkpoints, kernels
 from moejax.errors import InputError
+from moejax.kernels import build
 
 FORMAT = 1  # of what is stored; another one finds nothing of this
 WHOLE = 64 << 20  # bytes up to which a file is read whole for its fingerprint
@@ -82,6 +87,7 @@ def about(runtime: Any) -> dict[str, Any]:
         "files": fingerprint(runtime.directory),
         "weights": [model.dtype, model.quant, model.kernels],
         "policy": policy_document(runtime.policy),
+        "code": code(runtime.policy),
         "slots": runtime.slots,
         "per_layer": runtime.per_layer,
         "context": runtime.context,
@@ -94,6 +100,30 @@ def policy_document(policy: Any) -> list[Any]:
     numbers, structure = jax.tree.flatten(policy)
     arrays = [np.asarray(number) for number in numbers]
     return [str(structure), [[str(a.dtype), list(a.shape), a.tolist()] for a in arrays]]
+
+
+def code(policy: Any) -> str:
+    """A digest of all that computes: moejax's sources, and those of a policy's own parts."""
+    package = pathlib.Path(__file__).parent
+    files = {pathlib.Path(path) for path in _sources(policy)}
+    for folder in (package, *(pathlib.Path(m.__path__[0]) for m in (kernels, checkpoints))):
+        files |= {f for f in folder.rglob("*") if f.suffix in (".py", ".cc", ".h")}
+    digest = hashlib.sha256(str(build.library()).encode())
+    for file in sorted(files):
+        digest.update(str(file).encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _sources(part: Any) -> Iterator[str]:
+    """The files in which the types of a policy and of all its parts are written."""
+    if dataclasses.is_dataclass(part):
+        with contextlib.suppress(TypeError, OSError):
+            yield inspect.getfile(type(part))
+        for field in dataclasses.fields(part):
+            yield from _sources(getattr(part, field.name))
+    elif isinstance(part, tuple | list):
+        for each in part:
+            yield from _sources(each)
 
 
 def fingerprint(directory: str | os.PathLike) -> str:

@@ -96,7 +96,9 @@ def _result(item: Item, scores: list[Score], made: Generated | None, execute: bo
         elif item.program and execute:
             grades = {"pass@1": float(sandbox.run(item.program(made.text)).passed)}
     right = (scores[item.target] if item.choices else scores[0]) if scores else None
-    return Result(item.id, answer, grades, likely, right, total(scores) if scores else None, made)
+    # Choices of one token are read off one pass, whose steps count once.
+    passes = scores[:1] if all(score.tokens == 1 for score in scores) else scores
+    return Result(item.id, answer, grades, likely, right, total(passes) if scores else None, made)
 
 
 def bootstrap(

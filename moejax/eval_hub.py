@@ -46,11 +46,26 @@ def answers(
         raise InputError(f"lm-eval cannot run {tasks}: {str(error)[:300]}") from error
     made = {}
     for name, samples in found["samples"].items():
-        samples = sorted(samples, key=lambda sample: sample["doc_id"])
-        results = [_result(sample, lm.scores) for sample in samples]
+        results = [_result(own, lm.scores) for own in by_document(samples)]
         items = tuple(Item(id=result.id) for result in results)
         made[name] = (Task(name, items), results)
     return made
+
+
+def by_document(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One sample per document: lm-eval makes one for every filter of a task's answers.
+
+    Where there are several filters, each metric is named with its own.
+    """
+    filters = dict.fromkeys(sample.get("filter") for sample in samples)
+    found: dict[Any, dict[str, Any]] = {}
+    for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
+        kind = f",{sample['filter']}" if len(filters) > 1 else ""
+        metrics = {f"{name}{kind}": sample[name] for name in sample["metrics"]}
+        kept = found.setdefault(sample["doc_id"], {**sample, "metrics": []})
+        kept |= metrics
+        kept["metrics"] = [*kept["metrics"], *metrics]
+    return [*found.values()]
 
 
 def _result(sample: dict[str, Any], scores: dict[tuple[str, ...], Score]) -> Result:

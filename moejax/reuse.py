@@ -130,15 +130,20 @@ def pool_hit_rate(uses: Uses, slots: int) -> float:
 def of_trace(trace: Trace) -> Curve:
     """The curve of a trace's decode steps, each pass's experts at once, after its prompts.
 
+    Of a lossy run, the picks that the model's own router would have made count. Drafts do not, and
+    a window that verified some counts as a step.
+
     Raises:
         InputError: the trace has no decode step.
     """
-    uses = []
+    uses, own = [], trace.picks if trace.exact is None else trace.exact
     for number, phase in enumerate(trace.pass_phases()):
-        picks = trace.picks[trace.rows_of(number)]
+        if phase == Phase.DRAFT:
+            continue
+        picks = own[trace.rows_of(number)]
         for layer in range(trace.layers):
             chosen = np.unique(picks[:, layer])
-            uses.append((phase == Phase.DECODE, layer, chosen[chosen >= 0].tolist()))
+            uses.append((phase != Phase.PREFILL, layer, chosen[chosen >= 0].tolist()))
     if not any(counted and experts for counted, _, experts in uses):
         raise InputError("the trace has no decode step: record one that generates tokens")
     full = trace.experts / trace.top_k

@@ -63,7 +63,9 @@ def check() -> None:
 def run(program: str, limits: Limits = Limits()) -> Outcome:  # noqa: B008 - frozen
     """Run a program to its end or to a limit.
 
-    A program passes by reaching its end: leaving early, by `sys.exit(0)` too, is a failure.
+    A program passes by reaching its end: leaving early, by `sys.exit(0)` too, is a failure. This
+    confines what it can do to the machine, not to the grade: it runs in the process that reports
+    its end, as in other harnesses, and one that sets out to could report it itself.
 
     Raises:
         InputError: this machine has no filter of system calls.

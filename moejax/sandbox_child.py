@@ -54,13 +54,13 @@ def main() -> None:
         importlib.import_module(name)
     space = {"__name__": "__main__", "__builtins__": __builtins__}
     try:
-        code = compile(order["program"], "<program>", "exec")
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        _say(verdict, order["token"], f"failed {type(error).__name__}: {error}")
-    try:
         confine(order["seconds"], order["memory"])
     except OSError as error:
         _say(verdict, order["token"], f"unavailable {error}")
+    try:
+        code = compile(order["program"], "<program>", "exec")
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        _say(verdict, order["token"], f"failed {type(error).__name__}: {error}")
     os.write(verdict, f"{order['token']} begun\n".encode())
     try:
         exec(code, space)

@@ -1,6 +1,7 @@
 """Scores under policies, against NumPy on single steps, transformers and lm-eval."""
 
 import dataclasses
+import importlib
 import json
 import types
 
@@ -14,7 +15,16 @@ from test_eval_tasks import write_data
 from typer.testing import CliRunner
 
 import moejax
-from moejax import devices, eval_cache, eval_commands, eval_compare, eval_forcing, evaluate, exits
+from moejax import (
+    devices,
+    eval_cache,
+    eval_commands,
+    eval_compare,
+    eval_forcing,
+    eval_hub,
+    evaluate,
+    exits,
+)
 from moejax.errors import InputError, NonFiniteError, PolicyError
 from moejax.eval_tasks import Item, Task
 from moejax.evaluate import Score, Scorer, rolling_windows, with_policy
@@ -495,3 +505,32 @@ def test_a_policy_that_does_not_exist_is_refused(tiny):
         with_policy(tiny, "nope")
     with pytest.raises(AttributeError):
         evaluate.nope  # noqa: B018
+
+
+def test_what_is_computed_is_part_of_the_key(tmp_path, monkeypatch):
+    """A policy whose code has changed, but neither name nor numbers, has other results."""
+    text = (
+        "import jax\nfrom moejax.eviction import LRU\nfrom moejax.state import pytree\n\n\n"
+        "@pytree\nclass Mine(LRU):\n    def keys(self, memory, layer):\n        return {}memory\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    file, found = tmp_path / "evictor_of_a_user.py", []
+    for sign in ("", "-"):
+        file.write_text(text.format(sign))
+        module = importlib.import_module("evictor_of_a_user")
+        found.append(eval_cache.code(dataclasses.replace(policy("lru"), evictor=module.Mine())))
+    assert found[0] != found[1]
+    assert eval_cache.code(policy("lru")) != found[0]
+
+
+def test_filters_of_a_task_make_no_items_of_their_own():
+    samples = [
+        {"doc_id": doc, "filter": name, "metrics": ["exact_match"], "exact_match": value}
+        for name, value in (("strict", 0.0), ("flexible", 1.0))
+        for doc in (1, 0)
+    ]
+    one, two = eval_hub.by_document(samples)
+    assert (one["doc_id"], two["doc_id"]) == (0, 1)
+    assert one["metrics"] == ["exact_match,strict", "exact_match,flexible"]
+    assert (one["exact_match,strict"], one["exact_match,flexible"]) == (0.0, 1.0)
+    assert eval_hub.by_document(samples[:2])[0]["metrics"] == ["exact_match"]
