@@ -32,13 +32,13 @@ GROUPS = {
         "reuse predict loss tuning"
     ),
     "edges": (
-        "allocator devices measure tiers warm hub orbax_directory runtime loading session describe "
-        "doctor terminal commands conversation evaluate bench options cli __main__ low_bits exits "
-        "policy_commands report distances drafters catalogue plan plan_verify plots recorder "
-        "record perfetto trace_view trace_actions trace_commands synthetic_commands "
-        "simulate_commands plan_commands report_paths report_tables report_documents "
-        "report_commands eval_tasks eval_cache eval_forcing eval_lm eval_hub eval_compare eval_report eval_commands "
-        "sandbox_child sandbox"
+        "allocator devices measure tiers warm hub orbax_directory runtime loading session "
+        "describe doctor terminal commands conversation evaluate bench options cli __main__ "
+        "low_bits exits policy_commands report distances drafters catalogue plan plan_verify "
+        "plots recorder record perfetto trace_view trace_actions trace_commands "
+        "synthetic_commands simulate_commands plan_commands report_paths report_tables "
+        "report_documents report_commands eval_tasks eval_cache eval_forcing eval_lm eval_hub "
+        "eval_compare eval_report eval_commands sandbox_child sandbox"
     ),
 }
 LEVEL = {name: i for i, names in enumerate(GROUPS.values()) for name in names.split()}
