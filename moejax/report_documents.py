@@ -141,11 +141,13 @@ def judged(claim: Mapping[str, Any], record: Mapping[str, Any] | None) -> tuple[
         return "", _limits(claim, claim), "not measured"
     if value is None:
         return "", _limits(limits, claim), "not measured"
-    return (
-        claim["form"].format(value),
-        _limits(limits, claim),
-        "holds" if held else "**fails**",
-    )
+    try:
+        shown = claim["form"].format(value)
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"the claim {claim['claim']!r} cannot show {value!r} of {claim['record']}: {error}"
+        ) from error
+    return shown, _limits(limits, claim), "holds" if held else "**fails**"
 
 
 def _held(value: Any, claim: Mapping[str, Any], verdict: str) -> bool:
