@@ -249,6 +249,7 @@ def work_of(config: ModelConfig, dtype: str, form: str | None, kv_bytes_per_toke
         dense_weights=sum(math.prod(shapes[path]) for path in read),
         kv_bytes_per_token=kv_bytes_per_token,
         attention_width=config.num_heads * config.head_dim,
+        head_weights=config.vocab_size * config.width,
     )
 
 

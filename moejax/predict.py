@@ -35,6 +35,7 @@ class Work:
     dense_weights: int
     kv_bytes_per_token: float
     attention_width: int  # heads times channels
+    head_weights: int = 0  # of the dense ones, the output head's: one token of a step needs it
 
     def kv_bytes(self, tokens: float) -> float:
         """Bytes of the keys and values of so many tokens."""
@@ -112,7 +113,8 @@ def prompt(
         moved = max(distinct - held, 0.0) if slots >= distinct else distinct * steps
     read = steps * (work.dense_bytes + distinct * work.expert_bytes) + work.kv_bytes(tokens)
     weights = work.dense_weights + work.moe_layers * work.top_k * work.expert_weights
-    products = 2 * weights * tokens + 2 * work.layers * work.attention_width * tokens**2
+    head = work.head_weights * (tokens - steps)
+    products = 2 * (weights * tokens - head) + 2 * work.layers * work.attention_width * tokens**2
     return _times(work, machine, tier, read, products, moved, steps)
 
 

@@ -196,6 +196,13 @@ def test_prompts_move_what_slots_do_not_keep():
     assert moved("link", 7, 640) == pytest.approx(80)
     assert moved("link", 8, 640, held=3) == pytest.approx(5)
     assert moved("resident", 8, 640) == 0
+    # One token of each step goes through the head: 3 steps of at most 64 for 150 tokens.
+    headed = dataclasses.replace(work, dense_weights=1000, head_weights=900)
+    flat = dataclasses.replace(work, dense_weights=100)
+    took, rest = (
+        predict.prompt(w, one, "resident", 8, 150, 64).computing_ms for w in (headed, flat)
+    )
+    assert took - rest == pytest.approx(2 * 900 * 3 / (one.device_gflops * 1e9) * 1e3, rel=1e-6)
     # Distinct experts of random choices, against drawing them.
     wide = dataclasses.replace(work, experts=64, top_k=6)
     rng = np.random.default_rng(0)
