@@ -235,8 +235,7 @@ def work_of(config: ModelConfig, dtype: str, form: str | None, kv_bytes_per_toke
     held = held_parameters(config, dtype, form)
     rows = () if config.tied_embeddings else ("embed",)  # of an untied embedding only rows are read
     read = {path: h for path, h in held.items() if path.split("/")[0] not in rows}
-    shapes = parameter_shapes(config)
-    layout = config.record_layout(form or dtype)
+    shapes, layout = parameter_shapes(config), config.record_layout(form or dtype)
     return Work(
         layers=config.num_layers,
         moe_layers=config.num_moe_layers,
