@@ -11,10 +11,10 @@ from experiments import speculation_common as runs
 from experiments.smoe_common import Text, with_policy
 from experiments.speculation_common import Generation
 from moejax.drafters import completed
-from moejax.foresight import Lookahead, NoForesight
-from moejax.lengths import FixedLength
-from moejax.policy import Policy, policy
-from moejax.prediction import NoPrediction
+from moejax.policies.foresight import Lookahead, NoForesight
+from moejax.policies.lengths import FixedLength
+from moejax.policies.policy import Policy, policy
+from moejax.policies.prediction import NoPrediction
 
 FRONTIER = 0.5  # residency of the frontier of time and loss, beside the claim's own
 POOL = 0.75  # of the pool that all residencies are parts of

@@ -19,7 +19,7 @@ from experiments import smoe_common as common
 from experiments.frontier_bench import FRONTIER, NO_PREFETCH, Bench, in_ms, named
 from experiments.smoe_common import Text, gap_closed
 from moejax.loss import exact_logits, layer_prices, measure
-from moejax.policy import Policy, with_alpha
+from moejax.policies.policy import Policy, with_alpha
 
 FITTED = "auto-lossy, fitted"
 LOSSY = {

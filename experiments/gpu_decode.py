@@ -14,9 +14,9 @@ from experiments.gpu_common import each, guarded, kernel_mode, median, on_gpu, r
 from moejax import decode, devices
 from moejax.config import ModelConfig, Rope, RouterRule
 from moejax.models.transformer import Decoder
-from moejax.placement import FetchAll, HostAll
-from moejax.policy import Policy, policy
-from moejax.routing import Routing, Scored
+from moejax.policies.placement import FetchAll, HostAll
+from moejax.policies.policy import Policy, policy
+from moejax.policies.routing import Routing, Scored
 from moejax.state import ExpertStore, pytree
 
 OVERLAPS = (0.35, 0.47)  # published shares of a token's experts that the next token uses again

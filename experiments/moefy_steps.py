@@ -10,9 +10,9 @@ import moejax
 from experiments import resident_routing
 from experiments import smoe_common as common
 from moejax import loss
-from moejax.drafting import GatedBias, SkipMissing
-from moejax.policy import Policy, policy
-from moejax.substitution import SkipLow, Substitute
+from moejax.policies.drafting import GatedBias, SkipMissing
+from moejax.policies.policy import Policy, policy
+from moejax.policies.substitution import SkipLow, Substitute
 
 RESIDENCIES = (0.25, 0.5, 0.75)
 EVICTORS = {"lru": "lru", "lfu": "lfu", "score-window": "score-window:window=16"}

@@ -4,7 +4,7 @@ Claim:     from configs and headers alone the time of a token and of a prompt is
            median error of at most 25 %.
 Command:   python -m experiments.plan_check --out experiments/results/plan_check.json
 Hardware:  any CPU; 2 cores take a minute (--quick: the same). It reads the records in `results/`
-           and measures nothing; rates come from moejax/server_2core.json (`plan_machine`).
+           and measures nothing; rates come from moejax/planner/server_2core.json (`plan_machine`).
 Expected:  the median error in the summary. Tokens of the embedded model take mostly constants,
            those of the 1.72 B model mostly bytes.
 
@@ -24,14 +24,15 @@ from typing import Any
 
 from experiments import random_model
 from experiments.environment import environment
-from moejax import devices, machines, predict, reuse, tiers
+from moejax import devices, tiers
 from moejax.formats import quant_format
-from moejax.machines import Machine
 from moejax.models import config_from_hf
 from moejax.models.transformer import Decoder
-from moejax.plan import chunk_of, read, work_of
-from moejax.policy import policy
-from moejax.predict import Work
+from moejax.planner import machines, predict, reuse
+from moejax.planner.machines import Machine
+from moejax.planner.plan import chunk_of, read, work_of
+from moejax.planner.predict import Work
+from moejax.policies.policy import policy
 from moejax.units import parse_bytes
 
 RESULTS = pathlib.Path(__file__).parent / "results"

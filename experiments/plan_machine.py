@@ -1,6 +1,6 @@
 """The rates of this machine that plans go by: what `bench hw` measures, the disk, and constants.
 
-Command:   python -m experiments.plan_machine --out moejax/server_2core.json
+Command:   python -m experiments.plan_machine --out moejax/planner/server_2core.json
 Hardware:  any CPU and disk, quiet; 2 cores take 2 minutes; 2 GiB of memory and of the disk.
 Expected:  a machine that `moejax plan --hardware FILE` reads.
 
@@ -23,8 +23,10 @@ import numpy as np
 
 import moejax
 from experiments import random_model
-from moejax import bench, devices, machines, measure, report_documents, tiers
+from moejax import bench, devices, measure, tiers
 from moejax.models import config_from_hf
+from moejax.planner import machines
+from moejax.reports import documents as report_documents
 
 TINY = {"width": 64, "experts": 8, "top_k": 2, "expert_width": 32, "heads": 2, "kv_heads": 1}
 LAYERS = (2, 6, 18)

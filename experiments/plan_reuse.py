@@ -3,7 +3,7 @@
 Claim:     hit rates by slots per layer over experts per token carry over from one model to another
            better than by the share of all experts that are in slots.
 Command:   python -m experiments.plan_reuse --out experiments/results/plan_reuse.json \
-               --curves moejax/reuse.json
+               --curves moejax/planner/reuse.json
 Hardware:  any CPU: a minute (--quick: half); and the routing traces beside the held-out text.
 Expected:  mean error of one model's hit rates by the others' curves: under 0.1 by the multiple,
            above it by the share.
@@ -26,8 +26,8 @@ import numpy as np
 
 from experiments.environment import environment
 from experiments.held_out import DATA
-from moejax.report_documents import write
-from moejax.reuse import Curve, Uses, pool_hit_rate
+from moejax.planner.reuse import Curve, Uses, pool_hit_rate
+from moejax.reports.documents import write
 
 TRACES = {"Qwen3-30B-A3B": ("qwen", 128), "gemma-4-26B-A4B": ("gemma", 128)}
 RESULTS = pathlib.Path(__file__).parent / "results"

@@ -16,9 +16,9 @@ from tokenizers import Tokenizer
 import moejax
 from experiments import held_out, tiny_data
 from experiments.environment import environment
-from moejax import record
-from moejax.trace import Trace
-from moejax.trace_stats import TraceStats, statistics
+from moejax.traces import record
+from moejax.traces.statistics import TraceStats, statistics
+from moejax.traces.trace import Trace
 
 LENGTH = 1792
 SCORES = 16  # of 32: all of them would take 9 MB

@@ -38,10 +38,16 @@ from experiments.smoe_common import Text
 from experiments.tiny_data import DOMAINS
 from moejax import decode
 from moejax.distances import distances_of
-from moejax.drafting import BandThenSkip, GatedBias, NearestResident, RandomResident, SkipMissing
-from moejax.policy import Policy, policy
-from moejax.routing import Router
-from moejax.speculation import FixedLength, SelfDraft, Speculate
+from moejax.policies.drafting import (
+    BandThenSkip,
+    GatedBias,
+    NearestResident,
+    RandomResident,
+    SkipMissing,
+)
+from moejax.policies.policy import Policy, policy
+from moejax.policies.routing import Router
+from moejax.policies.speculation import FixedLength, SelfDraft, Speculate
 from moejax.state import DecodeState, StepOutput, pytree
 
 STRIDE, DEPTH = 8, 6  # tokens from one draft to the next, and of a draft

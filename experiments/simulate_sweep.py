@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import smoe_common as common
-from moejax import accesses, replay, stack_distance, trace_import
-from moejax.policy import policy
-from moejax.simulate import Asked, prepared
-from moejax.tape import tape_of
-from moejax.trace import Phase, Trace
+from moejax.policies.policy import policy
+from moejax.simulator import accesses, replay, stack_distance
+from moejax.simulator.simulate import Asked, prepared
+from moejax.simulator.tape import tape_of
+from moejax.traces import importers as trace_import
+from moejax.traces.trace import Phase, Trace
 
 TRACE = pathlib.Path("traces/bigmoeonedge/qwen.route.csv.xz")
 LIMITS = {"per_layer_seconds": 60.0, "global_seconds": 300.0}

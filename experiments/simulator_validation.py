@@ -24,11 +24,13 @@ import numpy as np
 import moejax
 from experiments import smoe_common as common
 from experiments.smoe_common import PROMPT, Replay, Text
-from moejax import measure, record, simulate, timeline
+from moejax import measure
 from moejax.kernels import transport
-from moejax.policy import policy
+from moejax.policies.policy import policy
+from moejax.simulator import simulate, timeline
 from moejax.tiers import parse_link
-from moejax.trace import Trace, concatenated
+from moejax.traces import record
+from moejax.traces.trace import Trace, concatenated
 
 LINKS = ("paced:2,20", "paced:0.5,20", "disk")
 RESIDENCIES = (0.25, 0.4, 0.6)

@@ -29,9 +29,9 @@ import numpy as np
 import moejax
 from experiments import smoe_common as common
 from experiments.smoe_common import RESIDENCIES, Replay, Text, gap_closed, with_policy
-from moejax.placement import HostAll
-from moejax.policy import Policy, policy
-from moejax.routing import TopK
+from moejax.policies.placement import HostAll
+from moejax.policies.policy import Policy, policy
+from moejax.policies.routing import TopK
 
 QUICK = {"windows": 1, "tokens": 128, "rounds": 1, "profile": 1, "timed": 48}
 FULL = {"windows": 8, "tokens": 256, "rounds": 5, "profile": 4, "timed": 64}
@@ -63,7 +63,7 @@ class Case:
     residency: float
     batch: int
     alpha: float = 0.25
-    text: str = ""  # the policy, as `moejax.policy` takes it; set by `cases`
+    text: str = ""  # the policy, as `moejax.policies.policy` takes it; set by `cases`
     seats: str = ""  # who is resident from the start: "popular", "layers" or "all"
 
     @property

@@ -27,12 +27,12 @@ import moejax
 from experiments import smoe_common as common
 from experiments.smoe_common import RESIDENCIES, Accuracy, Text
 from moejax import decode, low_bits
-from moejax.alternatives import LowBitFallback
-from moejax.policy import Policy, policy
-from moejax.prediction import Ahead, Predictor, View
-from moejax.routing import TopK
+from moejax.policies.alternatives import LowBitFallback
+from moejax.policies.policy import Policy, policy
+from moejax.policies.prediction import Ahead, Predictor, View
+from moejax.policies.routing import TopK
+from moejax.policies.substitution import AttenuateLow, RandomStandIn, SkipLow
 from moejax.state import pytree, static
-from moejax.substitution import AttenuateLow, RandomStandIn, SkipLow
 
 QUICK = {"windows": 2, "tokens": 64, "alphas": (0.0, 0.25, 0.35, 0.6)}
 FULL = {"windows": 8, "tokens": 256, "alphas": tuple(round(0.05 * i, 2) for i in range(13))}

@@ -23,7 +23,7 @@ from experiments.environment import environment
 from experiments.tiny_data import DOMAINS
 from moejax import decode, warm
 from moejax.loss import Loss, exact_logits, measure
-from moejax.policy import Policy, policy
+from moejax.policies.policy import Policy, policy
 
 MODEL = "tiny"  # what is held out is held out from its training
 RESIDENCIES = (0.25, 0.4, 0.6)

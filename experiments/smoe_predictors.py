@@ -27,9 +27,9 @@ import moejax
 from experiments import smoe_common as common
 from experiments.smoe_common import Text
 from moejax import decode
-from moejax.policy import Policy, policy
-from moejax.prediction import NextAttention, NextGate, NextResidual
-from moejax.routing import TopK
+from moejax.policies.policy import Policy, policy
+from moejax.policies.prediction import NextAttention, NextGate, NextResidual
+from moejax.policies.routing import TopK
 
 ALPHA, RESIDENCY, HORIZONS = 0.25, 0.4, (1, 2, 3)
 QUICK = {"windows": 1, "tokens": 48, "horizons": HORIZONS}

@@ -16,7 +16,7 @@ from experiments import speculation_common as speculation
 from experiments.smoe_common import Text
 from experiments.spac_windows import WINDOW
 from moejax.decode import rewind
-from moejax.policy import policy
+from moejax.policies.policy import policy
 
 CAP, GAMMA, TEMPERATURE = 5, 8, 1.0
 THRESHOLDS = (1, 2, 3)
@@ -56,7 +56,7 @@ class Case:
 
     @property
     def text(self) -> str:
-        """As `moejax.policy` takes it."""
+        """As `moejax.policies.policy` takes it."""
         load, host = speculation.LOAD_US, speculation.HOST_US
         numbers = {
             "moe-spac": f":gamma={GAMMA},cap={self.cap},threshold={self.threshold}",

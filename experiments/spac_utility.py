@@ -35,9 +35,9 @@ from experiments import speculation_common as speculation
 from experiments.smoe_common import Text
 from experiments.spac_runs import CAP, GAMMA, MAIN, TEMPERATURE, Case
 from experiments.spac_windows import Recorded
-from moejax.eviction import LRU
-from moejax.evictors import ScoreEMA
-from moejax.utility import SoftUtility, Utility
+from moejax.policies.eviction import LRU
+from moejax.policies.evictors import ScoreEMA
+from moejax.policies.utility import SoftUtility, Utility
 
 UP = 5.0
 CAPS, UPS = (1, 2, 3, 5, 8), (1.0, 3.0, 5.0, 7.0)

@@ -20,11 +20,11 @@ import moejax
 from experiments import smoe_common as common
 from moejax import experts
 from moejax.cycles import Cycles
-from moejax.routing import Routing
+from moejax.policies.routing import Routing
+from moejax.policies.speculation import FixedLength
+from moejax.policies.utility import STAMPS, Costs, Work, at_least, balance
 from moejax.sampling import Sampling
 from moejax.speculate import Target
-from moejax.speculation import FixedLength
-from moejax.utility import STAMPS, Costs, Work, at_least, balance
 
 WINDOW = 9  # tokens of a window: what gamma 8 verifies, and what the control is fed
 TRACE = pathlib.Path("traces/bigmoeonedge/qwen.route.csv.xz")

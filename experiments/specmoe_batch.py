@@ -36,10 +36,10 @@ import moejax
 from experiments import smoe_common as common
 from experiments.smoe_common import Text
 from experiments.specmoe_runs import Bench, Pinned, Prompted, groups, most_popular
-from moejax.drafting import GatedBias, RandomResident, SkipMissing
-from moejax.pinning import RULES
-from moejax.policy import Policy, policy
-from moejax.speculation import SelfDraft
+from moejax.policies.drafting import GatedBias, RandomResident, SkipMissing
+from moejax.policies.pinning import RULES
+from moejax.policies.policy import Policy, policy
+from moejax.policies.speculation import SelfDraft
 
 QUICK = {"windows": 2, "tokens": 512, "profile": 2, "new": 8, "rounds": 1, "batches": [1, 16]}
 FULL = {"windows": 32, "tokens": 512, "profile": 8, "new": 24, "rounds": 2}

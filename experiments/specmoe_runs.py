@@ -16,8 +16,8 @@ from experiments.smoe_common import PROMPT
 from moejax.cycles import Cycles
 from moejax.decode import rewind, step
 from moejax.drafters import completed
-from moejax.eviction import CLOCK_LIMIT, LRU, Access
-from moejax.policy import Policy, policy
+from moejax.policies.eviction import CLOCK_LIMIT, LRU, Access
+from moejax.policies.policy import Policy, policy
 from moejax.sampling import Sampling
 from moejax.speculate import Target
 from moejax.state import pytree

@@ -31,9 +31,9 @@ from experiments import frontier_lossy as lossy
 from experiments import smoe_common as common
 from experiments.frontier_bench import ABLATIONS, FRONTIER, Bench, in_ms, named
 from experiments.smoe_common import Text, gap_closed
-from moejax.foresight import NoForesight
-from moejax.policy import Policy
-from moejax.speculation import NoSpeculation
+from moejax.policies.foresight import NoForesight
+from moejax.policies.policy import Policy
+from moejax.policies.speculation import NoSpeculation
 
 QUICK = {"windows": 1, "tokens": 128, "rounds": 1, "new": 24, "kl_windows": 1}
 FULL = {"windows": 2, "tokens": 192, "rounds": 4, "new": 64, "kl_windows": 2}

@@ -47,9 +47,9 @@ from experiments.speculation_common import PROMPT, Generation
 from experiments.spmoe_simulation import Costs, Profile
 from moejax import decode
 from moejax.cycles import Cycles
-from moejax.foresight import DraftRouting, Glimpse
-from moejax.policy import Policy, policy
-from moejax.prediction import LastLayer
+from moejax.policies.foresight import DraftRouting, Glimpse
+from moejax.policies.policy import Policy, policy
+from moejax.policies.prediction import LastLayer
 from moejax.sampling import Sampling
 from moejax.speculate import Target
 from moejax.state import pytree

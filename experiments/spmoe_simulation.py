@@ -22,7 +22,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from moejax import cutoffs
+from moejax.policies import cutoffs
 
 TRACE = pathlib.Path("traces/bigmoeonedge/qwen.route.csv.xz")  # Qwen3-30B-A3B
 EXPERTS = 128

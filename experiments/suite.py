@@ -22,7 +22,7 @@ import sys
 import time
 from typing import Any
 
-from moejax import report_commands
+from moejax.cli import reports as report_commands
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"

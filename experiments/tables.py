@@ -8,7 +8,7 @@ It is `moejax report experiments/results/*.json` with every document that has ta
 import argparse
 import pathlib
 
-from moejax import report_commands
+from moejax.cli import reports as report_commands
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"

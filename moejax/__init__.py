@@ -11,14 +11,14 @@ _PUBLIC = {
     "KVCache": "state",
     "ModelConfig": "config",
     "MoejaxError": "errors",
-    "Policy": "policy",
+    "Policy": "policies.policy",
     "Runtime": "runtime",
     "Sampling": "sampling",
     "StepTrace": "state",
     "decode_step": "decode",
     "init_state": "decode",
     "load": "loading",
-    "policy_names": "policy",
+    "policy_names": "policies.policy",
     "prefill": "decode",
 }
 __all__ = sorted(_PUBLIC)
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from moejax.decode import prefill as prefill
     from moejax.errors import MoejaxError as MoejaxError
     from moejax.loading import load as load
-    from moejax.policy import Policy as Policy
-    from moejax.policy import policy_names as policy_names
+    from moejax.policies.policy import Policy as Policy
+    from moejax.policies.policy import policy_names as policy_names
     from moejax.runtime import Completion as Completion
     from moejax.runtime import Runtime as Runtime
     from moejax.sampling import Sampling as Sampling

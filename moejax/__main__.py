@@ -1,6 +1,6 @@
 """`python -m moejax`."""
 
-from moejax.cli import main
+from moejax.cli.main import main
 
 if __name__ == "__main__":
     main()

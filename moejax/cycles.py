@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from moejax.cycle_costs import LiveCycles
 from moejax.decode import chunks, decode_step
 from moejax.errors import InputError, LinkError, PolicyError
 from moejax.models.transformer import Decoder
-from moejax.policy import Policy
+from moejax.policies.cycle_costs import LiveCycles
+from moejax.policies.policy import Policy
 from moejax.speculate import DraftModel, Made, Speculating, Target, cycle
 from moejax.state import DecodeState, ExpertStore, StepTrace
 from moejax.stats import Stats

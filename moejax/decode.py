@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax import residency as tables
 from moejax.config import ModelConfig
 from moejax.errors import BudgetError, InputError, LinkError, PolicyError
 from moejax.kernels.transport import Status
 from moejax.layout import BITS
 from moejax.models.layers import KV_BLOCK
 from moejax.models.transformer import Decoder
-from moejax.policy import Policy
+from moejax.policies import residency as tables
+from moejax.policies.policy import Policy
 from moejax.state import (
     DecodeState,
     ExpertCache,

@@ -17,7 +17,7 @@ from moejax.kernels.transport import Store
 from moejax.layout import BITS
 from moejax.models.shapes import held_parameters
 from moejax.models.transformer import Decoder
-from moejax.policy import Policy
+from moejax.policies.policy import Policy
 from moejax.sampling import Sampling
 from moejax.state import ExpertStore
 from moejax.units import format_bytes

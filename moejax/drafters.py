@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from moejax.errors import PolicyError
-from moejax.policy import Policy
+from moejax.policies.policy import Policy
 from moejax.runtime import Runtime
 
 EMBEDDED = {"tiny": "tiny-draft"}  # models that come with one that drafts for them

@@ -7,13 +7,14 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from moejax import forecast, kernels, window
-from moejax.eviction import Access
+from moejax import kernels, window
 from moejax.kernels.transport import Kind
-from moejax.placement import Demand
-from moejax.policy import Policy
-from moejax.prediction import Ahead, View, in_order, ranks
-from moejax.routing import Routing, eligible_scores
+from moejax.policies import forecast
+from moejax.policies.eviction import Access
+from moejax.policies.placement import Demand
+from moejax.policies.policy import Policy
+from moejax.policies.prediction import Ahead, View, in_order, ranks
+from moejax.policies.routing import Routing, eligible_scores
 from moejax.state import ExpertCache, ExpertStore, PolicyMemory, pytree, static
 from moejax.supply import Moved, Shelf, Supply, layer_slots
 

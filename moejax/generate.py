@@ -25,7 +25,7 @@ from moejax.kernels.transport import Store
 from moejax.live import Costs, Drift, DriftBudget
 from moejax.models.transformer import Decoder
 from moejax.packing import Packed, pack
-from moejax.policy import Policy
+from moejax.policies.policy import Policy
 from moejax.sampling import (
     Sampling,
     divergence,

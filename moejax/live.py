@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from moejax.errors import InputError, PolicyError
 from moejax.kernels.transport import Store, StoreStats
-from moejax.placement import LiveCosts
-from moejax.policy import Policy, with_alpha
+from moejax.policies.placement import LiveCosts
+from moejax.policies.policy import Policy, with_alpha
 
 LEARNED = 8  # steps from one renewal of costs to the next
 SLOWEST, FASTEST = 0.5, 1.1  # factors of alpha from one probe to the next

@@ -16,8 +16,8 @@ from moejax.layout import DTYPES
 from moejax.models import config_from_hf, family
 from moejax.models.family import weight_map
 from moejax.models.transformer import Decoder
-from moejax.policy import Policy
-from moejax.policy import policy as named_policy
+from moejax.policies.policy import Policy
+from moejax.policies.policy import policy as named_policy
 from moejax.runtime import Runtime
 from moejax.state import ExpertStore
 from moejax.units import parse_bytes

@@ -11,11 +11,11 @@ import numpy as np
 from moejax.decode import rewind, step
 from moejax.errors import InputError
 from moejax.models.transformer import Decoder
-from moejax.policy import Policy
-from moejax.routing import TopK
+from moejax.policies.policy import Policy
+from moejax.policies.routing import TopK
+from moejax.policies.value import fit_kappa, replaced_terms
 from moejax.sampling import divergence
 from moejax.state import DecodeState, ExpertStore, StepTrace, pytree
-from moejax.value import fit_kappa, replaced_terms
 
 
 @pytree

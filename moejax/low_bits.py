@@ -7,7 +7,7 @@ import numpy as np
 
 from moejax.errors import InputError, PolicyError
 from moejax.layout import aligned_empty
-from moejax.policy import Policy
+from moejax.policies.policy import Policy
 from moejax.quantise import quantise
 from moejax.state import ExpertStore, LowBits
 

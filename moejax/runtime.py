@@ -17,7 +17,7 @@ from moejax.generate import Engine, Token
 from moejax.kernels.transport import Store
 from moejax.live import DriftBudget
 from moejax.models.transformer import Decoder
-from moejax.policy import Policy
+from moejax.policies.policy import Policy
 from moejax.sampling import Sampling, mark_seen, sampling_from
 from moejax.state import DecodeState, ExpertStore
 from moejax.stats import Stats

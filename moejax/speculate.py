@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.acceptance import accept_greedy, accept_sampled, final_logits, lookup
 from moejax.decode import step
-from moejax.lengths import Cycle
 from moejax.models.transformer import Decoder
 from moejax.packing import Packed, pack
-from moejax.policy import Policy
+from moejax.policies.acceptance import accept_greedy, accept_sampled, final_logits, lookup
+from moejax.policies.lengths import Cycle
+from moejax.policies.policy import Policy
 from moejax.sampling import (
     Sampling,
     mark_seen,

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from moejax import kernels
-from moejax import residency as tables
 from moejax.kernels import transport
-from moejax.policy import Policy
-from moejax.prediction import first
+from moejax.policies import residency as tables
+from moejax.policies.policy import Policy
+from moejax.policies.prediction import first
 from moejax.state import ExpertCache, ExpertStore, Residency, pytree
 
 TOGETHER = 4  # records that are waited for before their experts run, while others move

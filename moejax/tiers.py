@@ -17,7 +17,7 @@ from moejax.errors import InputError, PolicyError
 from moejax.kernels import build
 from moejax.kernels.transport import Store
 from moejax.models.transformer import Decoder
-from moejax.policy import Policy
+from moejax.policies.policy import Policy
 
 BUFFERS = 16  # records that may have been read ahead of their commit
 THREADS = 4  # reads at the same time

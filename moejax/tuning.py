@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moejax.errors import InputError
-from moejax.policy import with_alpha
+from moejax.policies.policy import with_alpha
 from moejax.sampling import Sampling
 from moejax.stats import Stats
 

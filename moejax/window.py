@@ -5,15 +5,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moejax import forecast
-from moejax import residency as tables
-from moejax.eviction import Access
-from moejax.foresight import Glimpse
-from moejax.policy import Policy
-from moejax.prediction import in_order, ranks
+from moejax.policies import forecast
+from moejax.policies import residency as tables
+from moejax.policies.eviction import Access
+from moejax.policies.foresight import Glimpse
+from moejax.policies.policy import Policy
+from moejax.policies.prediction import in_order, ranks
+from moejax.policies.utility import Work, at_least
 from moejax.state import ExpertCache, PolicyMemory
 from moejax.supply import Shelf, Supply, layer_slots
-from moejax.utility import Work, at_least
 
 
 def draft_set(policy: Policy, memory: PolicyMemory) -> jax.Array | None:

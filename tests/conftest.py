@@ -17,7 +17,7 @@ from moejax.config import ModelConfig, Rope, RouterRule
 from moejax.layout import DTYPES, aligned_empty
 from moejax.models.shapes import parameter_shapes
 from moejax.models.transformer import Decoder
-from moejax.policy import policy
+from moejax.policies.policy import policy
 from moejax.state import ExpertStore
 
 hypothesis.settings.register_profile("quick", max_examples=15, deadline=None, derandomize=True)

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 
 import moejax
 from moejax import decode, speculate
-from moejax.acceptance import accept_greedy, accept_sampled, final_logits, lookup
 from moejax.cycles import Cycles
-from moejax.drafting import SkipMissing
 from moejax.kernels import build as build_native
-from moejax.lengths import FixedLength
-from moejax.policy import policy
+from moejax.policies.acceptance import accept_greedy, accept_sampled, final_logits, lookup
+from moejax.policies.drafting import SkipMissing
+from moejax.policies.lengths import FixedLength
+from moejax.policies.policy import policy
+from moejax.policies.speculation import LookupDraft, SelfDraft, Speculate
 from moejax.sampling import Sampling, processed_logits
-from moejax.speculation import LookupDraft, SelfDraft, Speculate
 from moejax.stats import Stats
 
 ROWS, ROOM = 24, 13  # texts at once, and tokens of each

@@ -14,7 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 import moejax
-from moejax import bench, cli, measure
+from moejax import bench, measure
+from moejax.cli import main as cli
 from moejax.describe import describe
 from moejax.errors import InputError
 from moejax.hardware import Hardware
@@ -161,7 +162,7 @@ def test_refusals_are_one_line_and_a_code(directory, code, arguments, said):
 
 def test_help_imports_no_jax():
     program = (
-        "import sys\nfrom moejax.cli import main\nsys.argv = ['moejax', 'bench', '--help']\n"
+        "import sys\nfrom moejax.cli.main import main\nsys.argv = ['moejax', 'bench', '--help']\n"
         "try:\n    main()\nexcept SystemExit as stop:\n    code = stop.code\n"
         "sys.exit(code or ('jax' in sys.modules))"
     )

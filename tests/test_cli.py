@@ -15,7 +15,9 @@ from cli_models import EXPERTS, LAYERS, damage, write_model
 from typer.testing import CliRunner
 
 import moejax
-from moejax import cli, errors, exits
+from moejax import errors
+from moejax.cli import exits
+from moejax.cli import main as cli
 
 COMMANDS = ["generate", "chat", "inspect", "convert", "bench", "tune", "policies"]
 COMMANDS += ["build-native", "doctor", "plan", "simulate", "eval", "report", "trace"]
@@ -53,7 +55,7 @@ def start(*arguments, **options):
 @pytest.mark.parametrize("command", [None, *COMMANDS])
 def test_help_imports_neither_jax_nor_transformers(command):
     program = (
-        "import sys\nfrom moejax.cli import main\n"
+        "import sys\nfrom moejax.cli.main import main\n"
         f"sys.argv = {['moejax', *([command] if command else []), '--help']}\n"
         "try:\n    main()\nexcept SystemExit as stop:\n    code = stop.code\n"
         "heavy = {'jax', 'jaxlib', 'transformers', 'torch', 'numpy', 'flax'} & set(sys.modules)\n"
@@ -178,7 +180,7 @@ def test_a_bug_is_reported_as_one(model, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("what is this")
 
-    monkeypatch.setattr("moejax.commands.generate", broken)
+    monkeypatch.setattr("moejax.cli.actions.generate", broken)
     result = run("generate", "a", "-m", model, "-q")
     assert result.exit_code == 70
     assert "RuntimeError: what is this" in result.stderr and result.stderr.count("\n") == 1
@@ -190,7 +192,7 @@ def test_running_out_of_memory_is_a_budget_error(model, monkeypatch):
     def starved(*_, **__):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
 
-    monkeypatch.setattr("moejax.commands.generate", starved)
+    monkeypatch.setattr("moejax.cli.actions.generate", starved)
     result = run("generate", "a", "-m", model, "-q")
     assert result.exit_code == 4 and "out of memory" in result.stderr
 
@@ -310,7 +312,7 @@ def test_chat_at_a_terminal(screen):
 
 
 def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(model):
-    from moejax.conversation import Stopper, _answer
+    from moejax.cli.conversation import Stopper, _answer
     from moejax.session import Session
 
     runtime = moejax.load(model, slots=SLOTS)
@@ -336,7 +338,7 @@ def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(model):
 
 
 def test_a_second_ctrl_c_interrupts_at_once():
-    from moejax.conversation import Stopper
+    from moejax.cli.conversation import Stopper
 
     stopper = Stopper()
     with pytest.raises(KeyboardInterrupt), stopper.watching():

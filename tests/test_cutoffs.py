@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from moejax.cutoffs import (
+from moejax.policies.cutoffs import (
     Foresight,
     LinkCosts,
     best_cutoff,

@@ -9,7 +9,8 @@ import pytest
 from cli_models import write_model
 from typer.testing import CliRunner
 
-from moejax import allocator, cli, doctor
+from moejax import allocator, doctor
+from moejax.cli import main as cli
 from moejax.errors import BudgetError
 
 GIB = 1 << 30

@@ -11,10 +11,10 @@ from test_speculate import drafting
 
 import moejax
 from moejax import drafters
-from moejax.drafting import NearestResident, RandomResident, SkipMissing
 from moejax.errors import PolicyError
-from moejax.policy import policy
-from moejax.speculation import LookupDraft, ModelDraft, SelfDraft
+from moejax.policies.drafting import NearestResident, RandomResident, SkipMissing
+from moejax.policies.policy import policy
+from moejax.policies.speculation import LookupDraft, ModelDraft, SelfDraft
 
 SELF = SelfDraft(router=SkipMissing())
 

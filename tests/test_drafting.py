@@ -25,7 +25,8 @@ from test_substitution import (
 )
 
 from moejax.config import RouterRule
-from moejax.drafting import (
+from moejax.errors import PolicyError
+from moejax.policies.drafting import (
     AllLowBits,
     BandThenSkip,
     GatedBias,
@@ -33,9 +34,8 @@ from moejax.drafting import (
     RandomResident,
     SkipMissing,
 )
-from moejax.errors import PolicyError
-from moejax.prediction import MANY
-from moejax.routing import TopK
+from moejax.policies.prediction import MANY
+from moejax.policies.routing import TopK
 
 F = np.float32
 LAYERS = 2

@@ -13,9 +13,10 @@ import tarfile
 import pytest
 
 from experiments import held_out
-from moejax import eval_tasks, sandbox
 from moejax.errors import InputError
-from moejax.eval_tasks import readers, texts
+from moejax.evaluation import sandbox
+from moejax.evaluation import tasks as eval_tasks
+from moejax.evaluation.tasks import readers, texts
 
 QUESTION = 'What is "two", plus, two? \nReally?'
 ROWS = {

@@ -15,20 +15,18 @@ from test_eval_tasks import write_data
 from typer.testing import CliRunner
 
 import moejax
-from moejax import (
-    devices,
-    eval_cache,
-    eval_commands,
-    eval_compare,
-    eval_forcing,
-    eval_hub,
-    evaluate,
-    exits,
-)
+from moejax import devices
+from moejax.cli import evaluation as eval_commands
+from moejax.cli import exits
 from moejax.errors import InputError, NonFiniteError, PolicyError
-from moejax.eval_tasks import Item, Task
-from moejax.evaluate import Score, Scorer, rolling_windows, with_policy
-from moejax.policy import policy
+from moejax.evaluation import cache as eval_cache
+from moejax.evaluation import compare as eval_compare
+from moejax.evaluation import evaluate
+from moejax.evaluation import forcing as eval_forcing
+from moejax.evaluation import hub as eval_hub
+from moejax.evaluation.evaluate import Score, Scorer, rolling_windows, with_policy
+from moejax.evaluation.tasks import Item, Task
+from moejax.policies.policy import policy
 
 LOSSY = "smoe-fetch:alpha=0.5"
 SLOTS = 6
@@ -413,7 +411,7 @@ def test_the_command_compares_policies_on_all_tasks(data, tmp_path):
     ],
 )
 def test_what_cannot_be_evaluated_is_one_line(arguments, said, data, monkeypatch):
-    monkeypatch.setattr("moejax.commands.load_model", None)  # found out before the model is read
+    monkeypatch.setattr("moejax.cli.actions.load_model", None)  # found out before the model is read
     result = run(*(data if argument == "DATA" else argument for argument in arguments))
     assert (result.exit_code, result.stdout) == (2, "")
     assert said in result.stderr and result.stderr.count("\n") == 1
@@ -466,7 +464,7 @@ def test_scores_agree_with_lm_evals_own_backend():
     pytest.importorskip("torch", reason="its backend runs on torch")
     from lm_eval.models.huggingface import HFLM
 
-    from moejax.eval_hub import answers
+    from moejax.evaluation.hub import answers
 
     runtime = moejax.load("tiny", dtype="float32", virtual=True, context=128)
     lm = evaluate.MoejaxLM(Scorer(runtime))
@@ -510,7 +508,8 @@ def test_a_policy_that_does_not_exist_is_refused(tiny):
 def test_what_is_computed_is_part_of_the_key(tmp_path, monkeypatch):
     """A policy whose code has changed, but neither name nor numbers, has other results."""
     text = (
-        "import jax\nfrom moejax.eviction import LRU\nfrom moejax.state import pytree\n\n\n"
+        "import jax\nfrom moejax.policies.eviction import LRU\n"
+        "from moejax.state import pytree\n\n\n"
         "@pytree\nclass Mine(LRU):\n    def keys(self, memory, layer):\n        return {}memory\n"
     )
     monkeypatch.syspath_prepend(tmp_path)

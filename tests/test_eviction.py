@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moejax import residency
-from moejax.eviction import CLOCK_LIMIT, LRU, Access
-from moejax.evictors import (
+from moejax.policies import residency
+from moejax.policies.eviction import CLOCK_LIMIT, LRU, Access
+from moejax.policies.evictors import (
     LFU,
     ClassLRU,
     DecayedLFU,

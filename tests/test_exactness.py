@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moejax import decode
-from moejax.placement import HostAll
+from moejax.policies.placement import HostAll
 from moejax.state import pytree, static
 
 CONTEXT = 128

@@ -12,14 +12,15 @@ from conftest import build, small_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moejax import decode, experts, residency
+from moejax import decode, experts
 from moejax.config import RouterRule
 from moejax.errors import BudgetError, PolicyError
-from moejax.eviction import CLOCK_LIMIT, LRU, Access
 from moejax.kernels import reference
-from moejax.policy import Policy, policy, policy_names
-from moejax.prediction import Ahead
-from moejax.routing import Routing, Scored, TopK
+from moejax.policies import residency
+from moejax.policies.eviction import CLOCK_LIMIT, LRU, Access
+from moejax.policies.policy import Policy, policy, policy_names
+from moejax.policies.prediction import Ahead
+from moejax.policies.routing import Routing, Scored, TopK
 
 
 def nobody(*_):
@@ -231,10 +232,10 @@ def test_a_policy_from_an_entry_point(monkeypatch):
     import importlib.metadata
 
     entry = importlib.metadata.EntryPoint("mine", "conftest:third_party", "moejax.policies")
-    monkeypatch.setattr("moejax.policy._entry_points", lambda: [entry])
+    monkeypatch.setattr("moejax.policies.policy._entry_points", lambda: [entry])
     assert "mine" in policy_names()
     assert int(policy("mine").capacity) == 3
     bad = importlib.metadata.EntryPoint("bad", "builtins:dict", "moejax.policies")
-    monkeypatch.setattr("moejax.policy._entry_points", lambda: [bad])
+    monkeypatch.setattr("moejax.policies.policy._entry_points", lambda: [bad])
     with pytest.raises(PolicyError, match="does not make a moejax.Policy"):
         policy("bad")

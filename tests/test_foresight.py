@@ -14,12 +14,15 @@ from hypothesis import strategies as st
 from test_experts import NOBODY
 from test_speculate import begun, deep, drafting, needs_native, opened
 
-from moejax import decode, experts, kernels, residency, utility, window
+from moejax import decode, experts, kernels, window
 from moejax.config import RouterRule
-from moejax.drafting import SkipMissing
 from moejax.errors import PolicyError
-from moejax.evictors import ScoreWindow
-from moejax.foresight import (
+from moejax.kernels import transport
+from moejax.kernels.transport import Kind
+from moejax.policies import residency, utility
+from moejax.policies.drafting import SkipMissing
+from moejax.policies.evictors import ScoreWindow
+from moejax.policies.foresight import (
     DraftRouting,
     Glimpse,
     Lookahead,
@@ -27,17 +30,15 @@ from moejax.foresight import (
     Promote,
     UtilityQueue,
 )
-from moejax.kernels import transport
-from moejax.kernels.transport import Kind
-from moejax.pinning import DraftSet
-from moejax.placement import BandwidthShare, HostAll
-from moejax.policy import policy
-from moejax.prediction import LastLayer, NoCutoff, PreviousToken
-from moejax.routing import Routing
-from moejax.speculation import SelfDraft
+from moejax.policies.pinning import DraftSet
+from moejax.policies.placement import BandwidthShare, HostAll
+from moejax.policies.policy import policy
+from moejax.policies.prediction import LastLayer, NoCutoff, PreviousToken
+from moejax.policies.routing import Routing
+from moejax.policies.speculation import SelfDraft
+from moejax.policies.utility import Utility
 from moejax.state import ExpertCache, ExpertStore, Forecast, pytree, static
 from moejax.supply import Supply
-from moejax.utility import Utility
 
 SEED = st.integers(0, 2**32 - 1)
 SELF = SelfDraft(router=SkipMissing())

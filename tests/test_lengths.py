@@ -10,9 +10,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from moejax.cycle_costs import LiveCycles
 from moejax.errors import PolicyError
-from moejax.lengths import (
+from moejax.policies.cycle_costs import LiveCycles
+from moejax.policies.lengths import (
     Cycle,
     CycleCosts,
     FixedLength,

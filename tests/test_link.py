@@ -15,8 +15,8 @@ from moejax.errors import BudgetError, LinkError, PolicyError
 from moejax.kernels import build as native
 from moejax.kernels.transport import Status, Store
 from moejax.models.transformer import Decoder
-from moejax.placement import HostAll
-from moejax.prediction import NextGate, PreviousToken
+from moejax.policies.placement import HostAll
+from moejax.policies.prediction import NextGate, PreviousToken
 from moejax.state import ExpertStore
 
 if native.library() is None:

@@ -9,16 +9,17 @@ import pytest
 from test_cli import ok, run
 
 import moejax
-from moejax import commands, live
-from moejax.alternatives import LowBitFallback
+from moejax import live
+from moejax.cli import actions as commands
 from moejax.decode import decode_step
 from moejax.errors import InputError, PolicyError
 from moejax.generate import generate_step
 from moejax.kernels import build as native
 from moejax.live import Costs, Drift, DriftBudget
-from moejax.placement import TwoPointer
-from moejax.policy import policy, with_alpha
-from moejax.prediction import NoPrediction
+from moejax.policies.alternatives import LowBitFallback
+from moejax.policies.placement import TwoPointer
+from moejax.policies.policy import policy, with_alpha
+from moejax.policies.prediction import NoPrediction
 from moejax.sampling import divergence
 from moejax.terminal import Terminal
 

@@ -20,8 +20,8 @@ from experiments import moefy, moefy_model, moefy_slices, moefy_steps, moefy_tex
 from experiments.moefy_slices import Dense, Slices, cluster, cut, fit_router, write  # noqa: E402
 from moejax.config import RouterRule  # noqa: E402
 from moejax.errors import InputError  # noqa: E402
-from moejax.routing import Scored, pick_weights  # noqa: E402
-from moejax.substitution import SkipLow, Substitute  # noqa: E402
+from moejax.policies.routing import Scored, pick_weights  # noqa: E402
+from moejax.policies.substitution import SkipLow, Substitute  # noqa: E402
 
 LAYERS, WIDTH, NEURONS, HEADS, KV_HEADS, HEAD_DIM = 2, 32, 48, 4, 2, 8
 EXPERTS = 6

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trace_samples import distinct, make_trace
 
-from moejax import perfetto
 from moejax.errors import InputError
-from moejax.trace import Outcome
+from moejax.traces import perfetto
+from moejax.traces.trace import Outcome
 
 HITS = {Outcome.HIT, Outcome.PREFETCHED, Outcome.SUBSTITUTE}
 

@@ -11,13 +11,14 @@ from conftest import build, small_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moejax import decode, kernels, residency, window
+from moejax import decode, kernels, window
 from moejax.errors import PolicyError
-from moejax.eviction import CLOCK_LIMIT, LRU, Access
-from moejax.foresight import Promote
 from moejax.kernels import build as build_native
-from moejax.pinning import RULES, DraftSet
-from moejax.policy import policy
+from moejax.policies import residency
+from moejax.policies.eviction import CLOCK_LIMIT, LRU, Access
+from moejax.policies.foresight import Promote
+from moejax.policies.pinning import RULES, DraftSet
+from moejax.policies.policy import policy
 from moejax.state import ExpertCache, ExpertStore, Forecast
 from moejax.supply import Supply
 

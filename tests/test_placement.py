@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moejax.errors import InputError, PolicyError
-from moejax.placement import (
+from moejax.policies.placement import (
     BandwidthShare,
     Demand,
     FetchAll,

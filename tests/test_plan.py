@@ -15,13 +15,18 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import moejax
-from moejax import cli, exits, hardware, machines, plan_commands, plan_verify, predict, reuse, tiers
+from moejax import hardware, tiers
+from moejax.cli import exits
+from moejax.cli import main as cli
+from moejax.cli import plan as plan_commands
 from moejax.errors import BudgetError, CheckpointError, InputError
-from moejax.machines import PRESETS, machine
-from moejax.plan import OFFLOADED, RESIDENT, Asked, make, read
-from moejax.policy import policy
-from moejax.predict import Work
-from moejax.trace import Trace
+from moejax.planner import machines, predict, reuse
+from moejax.planner import verify as plan_verify
+from moejax.planner.machines import PRESETS, machine
+from moejax.planner.plan import OFFLOADED, RESIDENT, Asked, make, read
+from moejax.planner.predict import Work
+from moejax.policies.policy import policy
+from moejax.traces.trace import Trace
 from moejax.units import parse_bytes
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -441,7 +446,7 @@ def test_the_command_prints_the_plan_and_exits_with_codes():
 
 def test_the_commands_import_nothing_that_takes_time():
     program = (
-        "import sys, moejax.plan_commands, moejax.report_commands\n"
+        "import sys, moejax.cli.plan, moejax.cli.reports\n"
         "print([m for m in ('jax', 'numpy', 'matplotlib', 'rich') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from test_exactness import prompts_of, run
 
 import moejax
-from moejax import decode, residency
+from moejax import decode
 from moejax.kernels import build as build_native
-from moejax.placement import HostAll
-from moejax.policy import policy
-from moejax.prediction import (
+from moejax.policies import residency
+from moejax.policies.placement import HostAll
+from moejax.policies.policy import policy
+from moejax.policies.prediction import (
     Ahead,
     Everything,
     LastLayer,

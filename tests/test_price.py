@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from moejax.config import RouterRule
 from moejax.errors import InputError
-from moejax.eviction import Access
-from moejax.placement import Demand
-from moejax.price import Costs, Priced, PricedPlacement
-from moejax.routing import Scored, TopK
-from moejax.value import Value, fit_kappa, replaced_terms
+from moejax.policies.eviction import Access
+from moejax.policies.placement import Demand
+from moejax.policies.price import Costs, Priced, PricedPlacement
+from moejax.policies.routing import Scored, TopK
+from moejax.policies.value import Value, fit_kappa, replaced_terms
 
 F = np.float32
 INF = math.inf

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from moejax import cli
+from moejax.cli import main as cli
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -11,14 +11,14 @@ from cli_models import write_model
 from typer.testing import CliRunner
 
 import moejax
-from moejax import record
+from moejax.cli.traces import app
 from moejax.errors import InputError, NonFiniteError, PolicyError
 from moejax.kernels import build
-from moejax.policy import policy
-from moejax.recorder import outcomes
-from moejax.simulate import Asked, simulate
-from moejax.trace import Outcome, Phase, Trace
-from moejax.trace_commands import app
+from moejax.policies.policy import policy
+from moejax.simulator.simulate import Asked, simulate
+from moejax.traces import record
+from moejax.traces.recorder import outcomes
+from moejax.traces.trace import Outcome, Phase, Trace
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))

@@ -10,9 +10,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from moejax import exits, report_commands, report_documents, report_tables
+from moejax.cli import exits
+from moejax.cli import reports as report_commands
 from moejax.errors import InputError
-from moejax.report_paths import value_at
+from moejax.reports import documents as report_documents
+from moejax.reports import tables as report_tables
+from moejax.reports.paths import value_at
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "experiments" / "results").glob("*.json"))

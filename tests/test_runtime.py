@@ -30,7 +30,7 @@ from moejax.generate import generate_step
 from moejax.layout import aligned_empty
 from moejax.models.family import weight_map
 from moejax.models.qwen3_moe import FAMILY
-from moejax.placement import HostAll
+from moejax.policies.placement import HostAll
 from moejax.session import Session
 
 

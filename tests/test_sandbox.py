@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from moejax import sandbox
 from moejax.errors import InputError
-from moejax.sandbox import Limits, run
+from moejax.evaluation import sandbox
+from moejax.evaluation.sandbox import Limits, run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs run on Linux only")
 

@@ -14,26 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from moejax import (
-    accesses,
-    bounds,
-    exits,
-    replay,
-    simulate_commands,
-    stack_distance,
-    tape,
-    timeline,
-)
-from moejax import residency as tables
-from moejax.bookkeeping import Tables
+from moejax.cli import exits
+from moejax.cli import simulate as simulate_commands
 from moejax.errors import BudgetError, InputError, PolicyError
-from moejax.machines import machine
-from moejax.policy import policy
-from moejax.simulate import Asked, per_step, simulate, unavoidable
+from moejax.planner.machines import machine
+from moejax.policies import residency as tables
+from moejax.policies.policy import policy
+from moejax.simulator import accesses, bounds, replay, stack_distance, tape, timeline
+from moejax.simulator.bookkeeping import Tables
+from moejax.simulator.simulate import Asked, per_step, simulate, unavoidable
+from moejax.simulator.tape import tape_of
 from moejax.state import ExpertStore, Residency, pytree
 from moejax.supply import Shelf
-from moejax.tape import tape_of
-from moejax.trace import Phase, Trace
+from moejax.traces.trace import Phase, Trace
 
 DATA = pathlib.Path(__file__).parents[1] / ".." / "shared" / "data" / "traces" / "bigmoeonedge"
 # ../shared/data/NOTES.md, section 4
@@ -53,7 +46,7 @@ SHIELDED = {"lru": (0.429, 0.612, 0.817), "lfu": (0.459, 0.631, 0.821)}
 
 @functools.cache
 def published(name):
-    from moejax import trace_import
+    from moejax.traces import importers as trace_import
 
     path = DATA / f"{name}.route.csv.xz"
     if not path.exists():

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from conftest import build, small_config
 
-from moejax import decode, replay
-from moejax.foresight import Promote
-from moejax.policy import policy
-from moejax.prediction import Everything, NoPrediction, PreviousToken
-from moejax.recorder import Recorder
-from moejax.simulate import Asked, simulate
-from moejax.trace import Phase, Trace
+from moejax import decode
+from moejax.policies.foresight import Promote
+from moejax.policies.policy import policy
+from moejax.policies.prediction import Everything, NoPrediction, PreviousToken
+from moejax.simulator import replay
+from moejax.simulator.simulate import Asked, simulate
+from moejax.traces.recorder import Recorder
+from moejax.traces.trace import Phase, Trace
 
 LAYERS, EXPERTS, WIDTH = 3, 8, 6
 

@@ -12,16 +12,16 @@ from test_exactness import prompts_of, run
 
 import moejax
 from moejax import decode, loss, low_bits
-from moejax.alternatives import CacheBoost, LowBitFallback
 from moejax.errors import InputError, PolicyError
-from moejax.eviction import LRU
 from moejax.kernels import build as build_native
 from moejax.kernels.store import Store
-from moejax.policy import policy, with_alpha
-from moejax.presets import PRESETS
-from moejax.routing import TopK
+from moejax.policies.alternatives import CacheBoost, LowBitFallback
+from moejax.policies.eviction import LRU
+from moejax.policies.policy import policy, with_alpha
+from moejax.policies.presets import PRESETS
+from moejax.policies.routing import TopK
+from moejax.policies.substitution import AttenuateLow, RandomStandIn, SkipLow, Substitute
 from moejax.state import Forecast, pytree
-from moejax.substitution import AttenuateLow, RandomStandIn, SkipLow, Substitute
 
 needs_native = pytest.mark.skipif(build_native.library() is None, reason=build_native.status())
 LAYERS, EXPERTS, SLOTS = 4, 16, 24

@@ -22,7 +22,7 @@ from experiments import (  # noqa: E402
 )
 from moejax.kernels import build  # noqa: E402
 from moejax.loss import Loss  # noqa: E402
-from moejax.prediction import NoPrediction  # noqa: E402
+from moejax.policies.prediction import NoPrediction  # noqa: E402
 from moejax.tiers import parse_link  # noqa: E402
 
 needs_text = pytest.mark.skipif(

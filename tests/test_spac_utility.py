@@ -18,9 +18,9 @@ sys.path.insert(0, str(ROOT))
 import moejax  # noqa: E402
 from experiments import resident_routing, spac_runs, spac_utility, spac_windows  # noqa: E402
 from experiments.spac_windows import Recorded  # noqa: E402
-from moejax.policy import policy  # noqa: E402
+from moejax.policies.policy import policy  # noqa: E402
+from moejax.policies.utility import STAMPS, SoftUtility  # noqa: E402
 from moejax.state import array_fields  # noqa: E402
-from moejax.utility import STAMPS, SoftUtility  # noqa: E402
 
 P, C, L, W, K, E = 2, 7, 3, 4, 2, 6
 

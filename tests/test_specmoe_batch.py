@@ -12,9 +12,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from experiments import held_out, smoe_common, specmoe_batch, specmoe_runs  # noqa: E402
-from moejax.eviction import Access  # noqa: E402
 from moejax.kernels import build  # noqa: E402
-from moejax.policy import policy  # noqa: E402
+from moejax.policies.eviction import Access  # noqa: E402
+from moejax.policies.policy import policy  # noqa: E402
 
 needs_text = pytest.mark.skipif(
     not held_out.DATA.is_dir(), reason=f"the held-out text is not at {held_out.DATA}"

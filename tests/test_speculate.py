@@ -13,21 +13,21 @@ from test_exactness import prompts_of
 import moejax
 from moejax import decode, speculate
 from moejax.cycles import Cycles, Helper, tokens_of, width_for, widths
-from moejax.drafting import GatedBias, RandomResident, SkipMissing
 from moejax.errors import InputError, LinkError, PolicyError
-from moejax.foresight import DraftRouting, Promote, UtilityQueue
 from moejax.kernels import build as build_native
 from moejax.kernels.store import Store
-from moejax.lengths import CycleCosts, FixedLength, LiveLength
 from moejax.live import DriftBudget
-from moejax.pinning import DraftSet
-from moejax.placement import HostAll
-from moejax.policy import policy
+from moejax.policies.drafting import GatedBias, RandomResident, SkipMissing
+from moejax.policies.foresight import DraftRouting, Promote, UtilityQueue
+from moejax.policies.lengths import CycleCosts, FixedLength, LiveLength
+from moejax.policies.pinning import DraftSet
+from moejax.policies.placement import HostAll
+from moejax.policies.policy import policy
+from moejax.policies.speculation import LookupDraft, ModelDraft, SelfDraft, Speculate
+from moejax.policies.utility import Utility
 from moejax.sampling import Sampling
 from moejax.session import Session
-from moejax.speculation import LookupDraft, ModelDraft, SelfDraft, Speculate
 from moejax.stats import Stats
-from moejax.utility import Utility
 
 needs_native = pytest.mark.skipif(build_native.library() is None, reason=build_native.status())
 GREEDY = {"temperature": 0.0}

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from moejax.alternatives import CacheBoost, LowBitFallback
 from moejax.config import RouterRule
 from moejax.errors import PolicyError
-from moejax.routing import Scored, TopK
-from moejax.substitution import AttenuateLow, RandomStandIn, SkipLow, Substitute
+from moejax.policies.alternatives import CacheBoost, LowBitFallback
+from moejax.policies.routing import Scored, TopK
+from moejax.policies.substitution import AttenuateLow, RandomStandIn, SkipLow, Substitute
 
 F = np.float32
 GROUPED = RouterRule(normalize=False, scale=2.5, num_groups=3, top_groups=2)

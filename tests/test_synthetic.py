@@ -14,11 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from moejax import exits, synthetic, synthetic_commands, synthetic_fit, trace_import
+from moejax.cli import exits
+from moejax.cli import synthetic as synthetic_commands
 from moejax.errors import InputError
-from moejax.synthetic import PRESETS, ScoreProcess, generate, score_blocks
-from moejax.synthetic_fit import expected_overlap, fit, summary
-from moejax.trace import Phase, Trace
+from moejax.traces import fit as synthetic_fit
+from moejax.traces import importers as trace_import
+from moejax.traces import synthetic
+from moejax.traces.fit import expected_overlap, fit, summary
+from moejax.traces.synthetic import PRESETS, ScoreProcess, generate, score_blocks
+from moejax.traces.trace import Phase, Trace
 
 BIG_MOE = pathlib.Path(__file__).parents[2] / "shared" / "data" / "traces" / "bigmoeonedge"
 TINY = pathlib.Path(__file__).parents[1] / "experiments" / "traces" / "tiny_held_out.npz"
@@ -271,7 +275,7 @@ def test_the_command_refuses_and_leaves_nothing(tmp_path):
 
 
 def test_options_are_read_without_numpy():
-    program = "import sys, moejax.synthetic_commands\nassert not {'numpy', 'jax'} & {*sys.modules}"
+    program = "import sys, moejax.cli.synthetic\nassert not {'numpy', 'jax'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

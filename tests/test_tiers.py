@@ -12,8 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 import moejax
-from moejax import cli, devices, tiers
+from moejax import devices, tiers
 from moejax.checkpoints import convert
+from moejax.cli import main as cli
 from moejax.errors import BudgetError, CheckpointError, InputError, LinkError
 from moejax.kernels import build, transport
 

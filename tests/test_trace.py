@@ -16,12 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from moejax import trace_file, trace_import, trace_stats
+from moejax.cli.traces import app
 from moejax.config import ModelConfig
 from moejax.errors import InputError
-from moejax.trace import Outcome, Phase, Trace, concatenated
-from moejax.trace_commands import app
-from moejax.trace_form import COLUMNS, READS
+from moejax.traces import file as trace_file
+from moejax.traces import importers as trace_import
+from moejax.traces import statistics as trace_stats
+from moejax.traces.form import COLUMNS, READS
+from moejax.traces.trace import Outcome, Phase, Trace, concatenated
 
 BIG_MOE = pathlib.Path(__file__).parents[2] / "shared" / "data" / "traces" / "bigmoeonedge"
 needs_traces = pytest.mark.skipif(not BIG_MOE.is_dir(), reason=f"no traces at {BIG_MOE}")
@@ -703,7 +705,8 @@ def test_the_commands_print_what_a_trace_holds(saved, tmp_path):
 
 
 def test_pages_and_timelines_are_of_the_passes_asked_for(saved, tmp_path, monkeypatch):
-    from moejax import perfetto, trace_view
+    from moejax.traces import perfetto
+    from moejax.traces import view as trace_view
 
     seen = {}
 

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trace_samples import distinct, make_trace
 
-from moejax import trace_view
 from moejax.errors import InputError
-from moejax.trace import Outcome, Phase
+from moejax.traces import view as trace_view
+from moejax.traces.trace import Outcome, Phase
 
 HOSTILE = "</script><img src=x onerror=alert(1)><!-- {{data}} \u2028 &amp;"
 HITS = {Outcome.HIT, Outcome.PREFETCHED, Outcome.SUBSTITUTE}

@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moejax import residency as tables
 from moejax.errors import MoejaxError
 from moejax.kernels import build, transport
 from moejax.kernels.transport import Kind, Status, Store
 from moejax.layout import aligned_empty
+from moejax.policies import residency as tables
 from moejax.state import Residency
 
 if build.library() is None:

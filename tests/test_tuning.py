@@ -10,7 +10,7 @@ import moejax
 from moejax import tuning
 from moejax.errors import InputError, PolicyError
 from moejax.generate import generate_step
-from moejax.policy import policy
+from moejax.policies.policy import policy
 from moejax.tuning import Point, tune
 
 QUICK = ("--tokens", 3, "--rounds", 1, "--alphas", "0,0.3,0.6", "--slots", 76, "--context", 64)
@@ -210,7 +210,7 @@ def test_tune_says_that_the_check_missed(monkeypatch):
     ],
 )
 def test_what_cannot_be_tuned_is_one_line(arguments, said, monkeypatch):
-    monkeypatch.setattr("moejax.commands.load_model", None)  # found out before the model is read
+    monkeypatch.setattr("moejax.cli.actions.load_model", None)  # found out before the model is read
     result = run("tune", *arguments)
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith("moejax: ") and result.stderr.count("\n") == 1
@@ -218,7 +218,7 @@ def test_what_cannot_be_tuned_is_one_line(arguments, said, monkeypatch):
 
 
 def test_policies_lists_all_with_their_numbers_and_what_they_do():
-    from moejax.policy import policy_names
+    from moejax.policies.policy import policy_names
 
     rows = json.loads(ok("policies", "--json").stdout)
     assert [row["name"] for row in rows] == policy_names()

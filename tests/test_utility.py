@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from moejax.errors import PolicyError
-from moejax.eviction import Access
-from moejax.state import array_fields
-from moejax.utility import (
+from moejax.policies.eviction import Access
+from moejax.policies.utility import (
     MAX_CAP,
     STAMPS,
     Balance,
@@ -31,6 +30,7 @@ from moejax.utility import (
     at_least,
     balance,
 )
+from moejax.state import array_fields
 
 F = np.float32
 LAYERS, EXPERTS, TOKENS, CHOSEN, STEPS = 3, 6, 9, 2, 30

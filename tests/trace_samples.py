@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moejax.trace import Outcome, Phase, Trace
+from moejax.traces.trace import Outcome, Phase, Trace
 
 
 def make_trace(passes=40, layers=3, experts=8, top=2, seed=0, outcomes=True, **changes):

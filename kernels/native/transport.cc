@@ -33,7 +33,7 @@ void copy_all(ffi::ThreadPool& pool, const std::vector<Copy>& copies) {
   });
 }
 
-// The residency tables of moejax/residency.py.
+// The residency tables of moejax/policies/residency.py.
 struct Tables {
   int32_t* slot_of;
   int32_t* owner;

@@ -25,9 +25,9 @@ from moejax.models.layers import (
     span_of,
 )
 from moejax.models.shapes import Held, held_parameters
-from moejax.policy import Policy
-from moejax.prediction import Ahead
-from moejax.routing import Scored, eligible_scores
+from moejax.policies.policy import Policy
+from moejax.policies.prediction import Ahead
+from moejax.policies.routing import Scored, eligible_scores
 from moejax.state import (
     DecodeState,
     ExpertCache,

@@ -1,0 +1,1 @@
+"""The command line: options, what commands do, what people see."""

@@ -1,0 +1,1 @@
+"""Accuracy through the engine: tasks, scores, paired comparisons, untrusted programs."""

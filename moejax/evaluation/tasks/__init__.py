@@ -1,0 +1,97 @@
+"""Tasks whose data lies in a folder; prompts as in lm-eval's tasks of the same names."""
+
+import dataclasses
+import importlib
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from moejax.errors import InputError
+
+# Where each task is defined, and what is said of it.
+TASKS = {
+    "mmlu": ("choices", "57 subjects, four answers each"),
+    "gaokao": ("choices", "GAOKAO-Bench, objective questions, mostly in Chinese"),
+    "gsm8k": ("texts", "word problems"),
+    "humaneval": ("code", "Python functions by their docstrings"),
+    "mbpp": ("code", "Python functions by their tests"),
+    "wikitext": ("texts", "perplexity of WikiText-2, whole articles"),
+    "spec_bench": ("texts", "first turns of Spec-Bench, no right answers"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One item of a task, of one of three kinds, told apart by what is not empty.
+
+    A choice: the likeliest of `choices` after the prompt is the answer. A text to be generated:
+    `gold` is the right one, scored too. A text whose log-likelihood is all there is: `text`.
+    """
+
+    id: str
+    prompt: str = ""
+    choices: tuple[str, ...] = ()
+    target: int = 0  # the right one of `choices`
+    gold: str = ""  # "" = there is none
+    until: tuple[str, ...] = ()
+    max_new_tokens: int = 0  # above 0: to be generated
+    text: str = ""
+    words: int = 0  # of `text`, as lm-eval counts
+    bytes: int = 0
+    # Scores of generated text by name, the first being the task's own; see `Task.graded`.
+    grade: Callable[[str], dict[str, float]] | None = None
+    # What to answer to (generated text) -> (program) whose end without an error is a pass.
+    program: Callable[[str], str] | None = None
+    # The answer within the generated text; two runs that give the same have not flipped.
+    answer: Callable[[str], str] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task's items, in lm-eval's order, of several subjects in turn."""
+
+    name: str
+    items: tuple[Item, ...]
+    note: str = ""  # what a reader of the scores has to know
+
+
+def load(
+    name: str, folder: pathlib.Path, *, limit: int | None = None, shots: int | None = None
+) -> Task:
+    """A task of a local copy of its data.
+
+    Args:
+        folder: the copies as published, compressed with xz or gzip or not; docs/evaluation.md
+            names them.
+        limit: items at most.
+        shots: worked examples before each question; None = as many as lm-eval's task has.
+
+    Raises:
+        InputError: no such task, no or damaged data, or a number out of range.
+    """
+    if name not in TASKS:
+        raise InputError(f"unknown task {name!r:.40}; known: {', '.join(TASKS)}")
+    if limit is not None and limit < 1:
+        raise InputError(f"a task has at least one item, not {limit}")
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder} with data: give --data")
+    module: Any = importlib.import_module(f"moejax.evaluation.tasks.{TASKS[name][0]}")
+    task = getattr(module, name)(folder, limit, shots)
+    if not task.items:
+        raise InputError(f"the data of {name} in {folder} has no items")
+    return task
+
+
+def in_turn(groups: Sequence[Sequence[Any]], limit: int | None) -> list[Any]:
+    """The first of each group, then the second of each, and so on, `limit` at most."""
+    longest = max(map(len, groups), default=0)
+    mixed = [group[i] for i in range(longest) for group in groups if i < len(group)]
+    return mixed[:limit]
+
+
+def checked_shots(shots: int | None, usual: int, most: int, name: str) -> int:
+    """How many worked examples to show; InputError if there are not so many."""
+    shots = usual if shots is None else shots
+    if not 0 <= shots <= most:
+        raise InputError(f"{name} has 0 to {most} worked examples, not {shots}")
+    return shots

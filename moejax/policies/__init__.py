@@ -1,0 +1,1 @@
+"""Policies: routers, evictors, placements, predictors and drafts, their numbers, and presets."""

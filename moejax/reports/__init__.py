@@ -1,0 +1,1 @@
+"""Tables and figures of documents, made from the JSON records of experiments."""

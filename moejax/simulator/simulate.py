@@ -1,0 +1,399 @@
+"""What policies would have done on a recorded trace: hit rates, bytes, and bounds on them."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.config import RouterRule
+from moejax.errors import BudgetError, InputError, PolicyError
+from moejax.policies.policy import Policy, policy, policy_names
+from moejax.simulator import accesses, needs, replay
+from moejax.simulator.tape import replayed, tape_of
+from moejax.state import array_fields
+from moejax.traces.trace import Phase, Trace
+
+SEMANTICS = ("access", "engine")
+WARM = ("prefill", "none")
+# Who is used again latest leaves: by tokens, as is usual, or by single uses, which is the optimum.
+FUTURE = {"belady": "knows the future", "optimal": "bound"}
+OTHER = "open-loop, the run was lossy"
+CLOSE = 0.01  # of the tokens: picks that differ by the rounding of recorded scores alone
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """How to replay."""
+
+    semantics: str = "access"
+    per_layer: bool = False  # slots are divided evenly among the layers
+    warm: str = "prefill"
+    prefetch: str = "own"  # see `needs.PREFETCHES`
+    # Tokens of a prompt run one by one; by default where a trace does not say what ran together.
+    alone: bool | None = None
+    check: bool = False  # look for broken tables after every layer
+
+    def __post_init__(self) -> None:
+        known = {"semantics": SEMANTICS, "warm": WARM, "prefetch": needs.PREFETCHES}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise InputError(
+                    f"{name} {getattr(self, name)!r:.40} is unknown; known: {', '.join(values)}"
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """What one policy did under one budget; P passes, L layers. Counts are experts."""
+
+    policy: str
+    slots: int
+    semantics: str
+    label: str  # "exact", "bound", "closed-loop" or "open-loop", and what it holds for
+    counts: dict[str, np.ndarray]  # [P, L]
+    decode: np.ndarray  # [P] bool, what the rates are over
+    steps: int  # decode passes
+    tokens: int  # made in them, drafts that were rejected not counted
+    sequences: float  # that a decode pass runs, on average
+    record_bytes: int | None
+    lossy: bool = False  # its router made picks of its own
+    resident: np.ndarray | None = None  # [P, L, E] when each layer began, if kept
+
+    def total(self, name: str) -> float:
+        """A count over the decode passes; 0 of one that these semantics do not have."""
+        found = self.counts.get(name)
+        return 0 if found is None else found[self.decode].sum().item()
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of decode's uses that found their expert resident."""
+        return self.total("hits") / self.total("needed")
+
+    @property
+    def moved_per_token(self) -> float:
+        """Records moved per token that a decode pass made."""
+        return (self.total("fetched") + self.total("prefetched")) / self.tokens
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """The same in bytes; None without a size of a record."""
+        return None if self.record_bytes is None else self.moved_per_token * self.record_bytes
+
+    def tpot(self, seconds: np.ndarray) -> float:
+        """Time per token of one sequence, from times [P] of all passes."""
+        return float(seconds[self.decode].sum()) * self.sequences / self.tokens
+
+    def as_dict(self) -> dict[str, Any]:
+        """Figures over the decode passes, for JSON."""
+        names = ("policy", "slots", "semantics", "label", "hit_rate", "bytes_per_token")
+        found = {name: getattr(self, name) for name in names}
+        found["moved_per_token"] = self.moved_per_token
+        return found | {name: self.total(name) for name in self.counts}
+
+
+def simulate(
+    trace: Trace,
+    policies: Sequence[str | Policy],
+    slots: Sequence[int],
+    asked: Asked | None = None,
+    *,
+    keep: bool = False,
+    start: np.ndarray | None = None,
+) -> list[Simulated]:
+    """Every policy under every budget, policies in turn.
+
+    Args:
+        policies: presets by name, with numbers or without, "belady", "optimal", or policies.
+        slots: budgets over all layers; with slots per layer, multiples of the layers.
+        keep: what was resident when each layer began, with engine semantics.
+        start: [S] i32 owners of the slots when it begins, -1 = empty; default all.
+
+    Raises:
+        InputError: the trace has no decode passes, or options are wrong.
+        BudgetError: slots that cannot hold what one layer needs at once.
+        PolicyError: unknown policies, or such that the trace cannot replay.
+    """
+    asked = asked or Asked()
+    trace = prepared(trace, asked)
+    named = [(_name(p), p if isinstance(p, Policy) else _known(p)) for p in policies]
+    check_slots(trace, slots, asked)
+    kept = trace.of_passes(replayed(trace))
+    if trace.exact is not None:  # caches run what the model's own router chose
+        kept = dataclasses.replace(kept, picks=kept.exact)
+    found = []
+    for name, made in named:
+        if made is None:
+            found += [_foreseen(kept, name, number, asked) for number in slots]
+        elif asked.semantics == "access":
+            found += _accessed(kept, name, made, slots, asked)
+        else:
+            found += _replayed(trace, name, made, slots, asked, keep, start)
+    return found
+
+
+def prepared(trace: Trace, asked: Asked) -> Trace:
+    """The passes that are replayed."""
+    if not np.isin(trace.pass_phases(), (Phase.DECODE, Phase.VERIFY)).any():
+        raise InputError("the trace has no decode passes to count: record some generated tokens")
+    counted = np.isin(trace.phase, (Phase.DECODE, Phase.VERIFY))
+    for name in ("picks", "exact"):
+        column = getattr(trace, name)
+        if column is not None and not (column[counted] >= 0).any():
+            raise InputError(f"the decode passes of the trace have no {name} to count")
+    if not trace.accepted[counted].any():
+        raise InputError("the decode passes of the trace made no token: all drafts were rejected")
+    if asked.warm == "none":
+        trace = trace.of_phase(*(phase for phase in Phase if phase != Phase.PREFILL))
+    alone = asked.alone
+    if alone is None:
+        alone = trace.about.get("source") != "moejax"
+    if alone and (trace.pass_phases() == Phase.PREFILL).any():
+        trace = _prompts_alone(trace)
+    return trace
+
+
+def _prompts_alone(trace: Trace) -> Trace:
+    """The trace with every token of a prompt in a pass of its own."""
+    new = (trace.phase == Phase.PREFILL) | np.append(True, np.diff(trace.run) != 0)
+    run = (np.cumsum(new) - 1).astype(np.int32)
+    dropped = {"resident": None, "began": None, "seconds": None, "counts": {}, "reads": {}}
+    return dataclasses.replace(trace, run=run, **dropped)
+
+
+def check_slots(trace: Trace, slots: Sequence[int], asked: Asked) -> None:
+    """Raise BudgetError for budgets that no run could have."""
+    each = trace.top_k if asked.semantics == "engine" else 1
+    least = each * (trace.layers if asked.per_layer else 1)
+    for number in slots:
+        if number < least:
+            raise BudgetError(
+                f"{number} slots cannot hold the {least} experts needed at once"
+                f"{' when every layer has slots of its own' * asked.per_layer}; give at least "
+                f"{least}"
+            )
+        if asked.per_layer and number % trace.layers:
+            raise BudgetError(f"{number} slots cannot be divided evenly among {trace.layers}")
+
+
+def _name(given: str | Policy) -> str:
+    return given if isinstance(given, str) else type(given.evictor).__name__
+
+
+def _known(name: str) -> Policy | None:
+    """The policy of a name; None for those that know the future."""
+    if name in FUTURE:
+        return None
+    try:
+        return policy(name)
+    except PolicyError as error:
+        if "unknown policy" in str(error):
+            known = ", ".join([*FUTURE, *policy_names()])
+            raise PolicyError(f"unknown policy {name!r}; known: {known}") from None
+        raise
+
+
+def _result(trace: Trace, name: str, slots: int, asked: Asked, **given: Any) -> Simulated:
+    decode = trace.pass_phases() != Phase.PREFILL
+    rows = decode[trace.run]
+    pairs = np.stack([trace.run[rows], trace.sequence[rows]])
+    steps = int(decode.sum())
+    return Simulated(
+        policy=name,
+        slots=slots,
+        semantics=asked.semantics,
+        decode=decode,
+        steps=steps,
+        tokens=int((rows & trace.accepted).sum()),
+        sequences=np.unique(pairs, axis=1).shape[1] / steps,
+        record_bytes=trace.about.get("record_bytes"),
+        **given,
+    )
+
+
+def _capacity(trace: Trace, slots: int, asked: Asked) -> int:
+    return slots // trace.layers if asked.per_layer else slots
+
+
+def _foreseen(trace: Trace, name: str, slots: int, asked: Asked) -> Simulated:
+    engine, capacity = asked.semantics == "engine", _capacity(trace, slots, asked)
+    uses = accesses.distinct(trace) if engine else trace.picks
+    shielded = name != "optimal"
+    hits = accesses.belady(uses, trace.experts, capacity, asked.per_layer, shielded=shielded)
+    counts = _of_passes(uses >= 0, hits) if engine else access_counts(trace, hits)
+    return _result(trace, name, slots, asked, label=FUTURE[name], counts=counts)
+
+
+def _of_passes(used: np.ndarray, hits: np.ndarray) -> dict[str, np.ndarray]:
+    needed, found = used.sum(axis=-1), hits.sum(axis=-1)
+    return {"needed": needed, "hits": found, "fetched": needed - found}
+
+
+def access_counts(trace: Trace, hits: np.ndarray) -> dict[str, np.ndarray]:
+    """[P, L] accesses, hits and misses of each pass, from hits [N, L, K]."""
+    by_token = _of_passes(trace.picks >= 0, hits)
+    starts = trace.offsets()[:-1]
+    return {name: np.add.reduceat(count, starts) for name, count in by_token.items()}
+
+
+def own_picks(trace: Trace) -> Trace:
+    """The trace with the picks of the model's own router, which exact policies replay."""
+    if trace.exact is None:
+        return trace
+    return dataclasses.replace(trace, picks=trace.exact, exact=None)
+
+
+def per_step(trace: Trace) -> tuple[float, float]:
+    """Distinct experts of a layer, and tokens of a sequence, in a prepared trace's decode step."""
+    kept = own_picks(trace.of_passes(replayed(trace)))
+    step = kept.pass_phases() != Phase.PREFILL
+    number = (accesses.distinct(kept) >= 0).sum(axis=-1)[step].mean()
+    rows = step[kept.run]
+    pairs = np.unique(np.stack([kept.run[rows], kept.sequence[rows]]), axis=1)
+    return float(number), float((rows & kept.accepted).sum() / pairs.shape[1])
+
+
+def unavoidable(trace: Trace, *, lossy: bool = False) -> np.ndarray:
+    """[P, L] experts that a prepared trace uses for the first time.
+
+    Args:
+        lossy: of the picks that were made; else of the model's own router's, if they are others.
+    """
+    kept = trace.of_passes(replayed(trace))
+    uses = accesses.distinct(kept if lossy else own_picks(kept))
+    return _of_passes(uses >= 0, accesses.infinite(uses, trace.experts))["fetched"]
+
+
+def _accessed(
+    trace: Trace, name: str, made: Policy, slots: Sequence[int], asked: Asked
+) -> list[Simulated]:
+    layers = 1 if not asked.per_layer else trace.layers
+    plain = made.exact and not made.placement.uses_host and not made.looks_ahead
+    if not plain or made.speculation.max_length:
+        raise PolicyError(
+            f"policy {name!r} does more than evict, which one access after another cannot show: "
+            "use engine semantics"
+        )
+    if name == "lru":
+        capacities = [_capacity(trace, number, asked) for number in slots]
+        found = accesses.lru(trace, capacities, asked.per_layer)
+    else:
+        single = accesses.one_by_one(trace, asked.per_layer)
+        size = single.experts
+        if needs.reads_scores(made, layers, size):
+            raise PolicyError(f"policy {name!r} reads router scores: use engine semantics")
+        own = [dataclasses.replace(made, capacity=jnp.int32(number)) for number in slots]
+        setting = replay.Setting(experts=size, check=asked.check)
+        tape = tape_of(single, scores=False)
+        counts = replay.run(tape, own, max(slots), setting, per_layer=asked.per_layer)
+        _check_tables(counts, name)
+        found = [_folded(hits, trace, asked.per_layer) for hits in counts["hits"]]
+    label = "exact" if trace.exact is None else OTHER
+    return [
+        _result(trace, name, number, asked, label=label, counts=access_counts(trace, hits))
+        for number, hits in zip(slots, found, strict=True)
+    ]
+
+
+def _folded(hits: np.ndarray, trace: Trace, per_layer: bool) -> np.ndarray:
+    """[N, L, K] bool from counts of `accesses.one_by_one`."""
+    if not per_layer:
+        return hits.reshape(trace.picks.shape) > 0
+    return hits.reshape(trace.rows, trace.top_k, trace.layers).swapaxes(1, 2) > 0
+
+
+def _replayed(
+    trace: Trace,
+    name: str,
+    made: Policy,
+    slots: Sequence[int],
+    asked: Asked,
+    keep: bool,
+    start: np.ndarray | None,
+) -> list[Simulated]:
+    made = needs.with_prefetch(made, asked.prefetch)
+    lossy = trace.exact is not None
+    if made.exact:
+        trace = own_picks(trace)
+    wide = made.looks_ahead or needs.reads_scores(made, trace.layers, trace.experts)
+    tape, phases = tape_of(trace, scores=bool(wide)), trace.pass_phases()
+    if not _priced(trace, made):
+        tape = dataclasses.replace(tape, load=None, host=None)
+    needs.check(
+        made,
+        name,
+        trace.layers,
+        trace.experts,
+        scores=tape.steps.scores is not None,
+        windows=bool((phases == Phase.VERIFY).any()),
+        prefetch=asked.prefetch,
+    )
+    rule = RouterRule(**trace.about.get("router", {"normalize": True}))
+    setting = replay.Setting(experts=trace.experts, rule=rule, keep=keep, check=asked.check)
+    own = [dataclasses.replace(made, capacity=jnp.int32(number)) for number in slots]
+    whole = {"per_layer": asked.per_layer, "start": start}
+    counts = replay.run(tape, own, max(slots), setting, **whole)
+    _check_tables(counts, name)
+    kept = trace.of_passes(replayed(trace))
+    found = []
+    for i, number in enumerate(slots):
+        mine = {key: values[i] for key, values in counts.items()}
+        label = OTHER if lossy and made.exact else _label(kept, made, asked, mine)
+        if label is None:  # its own run, but for rounding: the recorded picks set it right
+            again = dataclasses.replace(setting, recorded=True)
+            other = replay.run(tape, own[i : i + 1], max(slots), again, **whole)
+            mine, label = {key: values[0] for key, values in other.items()}, "closed-loop, recorded"
+        resident = mine.pop("resident", None)
+        given = {"label": label, "counts": mine, "resident": resident, "lossy": not made.exact}
+        found.append(_result(kept, name, number, asked, **given))
+    return found
+
+
+def _label(trace: Trace, made: Policy, asked: Asked, counts: dict[str, np.ndarray]) -> str | None:
+    """What the counts hold for; None if recorded picks should be followed instead."""
+    if made.exact:
+        if asked.prefetch == "oracle" and made.predictor.horizon:
+            return "bound, prefetch always right"
+        return _unknown(trace, made) or "exact"
+    picks = (trace.picks >= 0).any(axis=2).sum()
+    other = counts["differing"].sum() / picks
+    if trace.exact is not None and other == 0:
+        return "closed-loop"
+    if trace.exact is not None and other < CLOSE and not made.low_bit:
+        return None
+    return f"open-loop, {other:.1%} of picks differ"
+
+
+def _priced(trace: Trace, made: Policy) -> bool:
+    """Whether the trace holds the costs that the policy learns; lossy ones learn none."""
+    known = {"load_us", "host_us"} <= set(trace.counts)
+    return known and made.exact and {"load", "host"} <= set(array_fields(type(made.placement)))
+
+
+def _unknown(trace: Trace, made: Policy) -> str | None:
+    """Why a replay of an exact policy may differ from its run, in what the trace does not hold."""
+    if trace.about.get("link"):
+        if hasattr(made.foresight, "with_rate"):
+            return "open-loop, learns its link's rate"
+        learns = made.placement.uses_host and hasattr(made.placement, "with_costs")
+        if learns and not _priced(trace, made):
+            return "open-loop, learns costs that were not recorded"
+        late = trace.counts.get("overdue")
+        if made.placement.uses_host and late is not None and late.any():
+            return "open-loop, the host took over what was late"
+    if not needs.reads_scores(made, trace.layers, trace.experts):
+        return None
+    if trace.scores is None:
+        return "truncated scores"
+    return "rounded scores" if trace.scores.dtype == np.float16 else None
+
+
+def _check_tables(counts: dict[str, np.ndarray], name: str) -> None:
+    if not counts["broken"].any():
+        return
+    _, number, layer = np.argwhere(counts["broken"])[0]
+    raise PolicyError(
+        f"policy {name!r} broke the tables in pass {number}, layer {layer}: an expert that is "
+        "needed was evicted, or a slot has two owners"
+    )

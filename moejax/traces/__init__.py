@@ -1,0 +1,1 @@
+"""Routing traces: recorded, imported, synthesised, kept in files, described and drawn."""

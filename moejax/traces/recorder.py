@@ -1,0 +1,228 @@
+"""Gathers the rows of a trace on the host while a model runs."""
+
+import collections
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from moejax.errors import InputError
+from moejax.kernels.store import Store, clock_us
+from moejax.state import StepTrace
+from moejax.traces.form import COLUMNS, COUNT
+from moejax.traces.trace import Outcome, Phase, Trace
+
+COUNTS = (
+    *("needed", "hits", "late", "fetched", "prefetched", "host", "overdue", "low", "passes"),
+    *("stall", "exact_needed", "exact_hits", "replaced", "replaced_mass"),
+    *("predicted", "predicted_right", "prefetch_used"),
+)
+TYPES = {name: kind for name, (kind, _) in COLUMNS.items()}
+TYPES |= {f"counts/{name}": COUNT[name == "replaced_mass"][0] for name in COUNTS}
+COSTS = ("load_us", "host_us")  # that the placement weighed
+TYPES |= {f"counts/{name}": COUNT[1][0] for name in COSTS}
+MASKS = ("resident", "fresh", "hosted", "lowered")
+MERGED = 512  # passes whose arrays become one: many small arrays take more than they hold
+EVENTS = 1 << 16  # of a link that its log holds from one pass to the next
+
+
+class LinkLog:
+    """What a link moved, and the host computed beside it, pass by pass."""
+
+    def __init__(self, link: Store | None):
+        self._link, self._zero = link, 0.0
+        self._parts: list[dict[str, np.ndarray]] = []
+        self.lost = 0  # events that the log had no room for
+
+    def start(self) -> float:
+        """Log from now on; the time of `time.perf_counter` from which times count."""
+        if self._link is None:
+            return time.perf_counter()
+        self._link.log(EVENTS)
+        readings = []
+        for _ in range(9):  # of both clocks: the process may be interrupted between them
+            before, zero, after = time.perf_counter(), clock_us(), time.perf_counter()
+            readings.append((after - before, (before + after) / 2, zero))
+        _, begun, self._zero = min(readings)
+        return begun
+
+    def read(self, number: int) -> None:
+        """Take over what was logged by the end of a pass."""
+        if self._link is None:
+            return
+        events = self._link.events(reset=True)
+        self.lost += events.dropped
+        found = events.columns()
+        for name in found:
+            if name.endswith("_us"):
+                found[name] = found[name] - self._zero
+        self._parts.append(found | {"run": np.full(len(events.expert), number, np.int32)})
+
+    def stop(self) -> None:
+        """The link logs no longer."""
+        if self._link is not None:
+            self._link.log(0)
+
+    def found(self) -> dict[str, np.ndarray]:
+        """All of it, as `Trace.reads` has it."""
+        if not self._parts:
+            return {}
+        return {n: np.concatenate([part[n] for part in self._parts]) for n in self._parts[0]}
+
+
+class Recorder:
+    """Rows and passes so far, each in the type that a trace has."""
+
+    def __init__(
+        self,
+        *,
+        experts: int,
+        scores: int | None = None,
+        weights: bool = True,
+        exact: bool = False,
+        residency: bool = False,
+        link: Store | None = None,
+    ):
+        """Nothing yet.
+
+        Args:
+            experts: E.
+            scores: how many of the greatest to keep per layer; None = all.
+            weights: keep those of the picks.
+            exact: keep the picks of the model's own router beside those that were made.
+            residency: keep what was resident.
+            link: whose events to keep, if it has a log.
+
+        Raises:
+            InputError: more scores than experts.
+        """
+        if scores is not None and scores > experts:
+            raise InputError(f"{scores} scores cannot be kept: a layer has {experts} experts")
+        self.experts, self.scores, self.weights = experts, scores, weights
+        self.exact, self.residency = exact, residency
+        self.passes = 0
+        self._begun, self._log = 0.0, LinkLog(link)
+        self._parts: dict[str, list[np.ndarray]] = collections.defaultdict(list)
+        self._merged: dict[str, list[np.ndarray]] = collections.defaultdict(list)
+
+    def start(self) -> None:
+        """The recording begins: times count from here."""
+        self._begun = self._log.start()
+
+    def stop(self) -> None:
+        """The recording ends, or failed."""
+        self._log.stop()
+
+    def add(
+        self,
+        phase: Phase,
+        tokens: np.ndarray,
+        start: np.ndarray,
+        first: int,
+        trace: StepTrace,
+        times: tuple[float, float],
+        accepted: np.ndarray | None = None,
+        costs: tuple[float, float] | None = None,
+    ) -> None:
+        """Add a pass.
+
+        Args:
+            tokens: [B, T] i32 as they were fed, -1 = padding.
+            start: [B] how many tokens each sequence held before.
+            first: number of the first sequence in the trace.
+            trace: recorded with scores.
+            times: of `time.perf_counter`, before and after.
+            accepted: [B, T] bool; all by default.
+            costs: of a record over the link and an expert on the host, as the pass had them.
+        """
+        wanted = ("picks", "weights", *MASKS, *COUNTS, "exact")
+        wanted += () if self.scores == 0 else ("scores",)
+        found = jax.device_get({name: getattr(trace, name) for name in wanted})
+        b, t = np.nonzero(tokens >= 0)
+        rows = b * tokens.shape[1] + t
+        picks, exact = (np.moveaxis(found[n], 1, 0)[rows] for n in ("picks", "exact"))
+        columns = {
+            "sequence": first + b,
+            "position": start[b] + t,
+            "run": np.full(len(b), self.passes),
+            "phase": np.full(len(b), phase),
+            "token": tokens[b, t],
+            "accepted": np.ones(len(b), bool) if accepted is None else accepted[b, t],
+            "picks": picks,
+            "outcome": outcomes(picks, exact, *(found[name] for name in MASKS)),
+            "began": np.array([times[0] - self._begun]),
+            "seconds": np.array([times[1] - times[0]]),
+            **{f"counts/{name}": found[name][None] for name in COUNTS},
+        }
+        if costs is not None:
+            for name, cost in zip(COSTS, costs, strict=True):
+                columns[f"counts/{name}"] = np.full((1, picks.shape[1]), cost)
+        if self.weights:
+            columns["weights"] = np.moveaxis(found["weights"], 1, 0)[rows]
+        if self.exact:
+            columns["exact"] = exact
+        if self.residency:
+            columns["resident"] = found["resident"][None]
+        if self.scores != 0:
+            columns |= _scores(np.moveaxis(found["scores"], 1, 0)[rows], self.scores)
+        for name, column in columns.items():
+            self._parts[name].append(column.astype(TYPES[name], copy=True))
+        self.passes += 1
+        self._log.read(self.passes - 1)
+        if self.passes % MERGED == 0:
+            self._merge()
+
+    def _merge(self) -> None:
+        for name, parts in self._parts.items():
+            self._merged[name].append(np.concatenate(parts))
+            parts.clear()
+
+    def finished(self, model: str, about: dict[str, Any]) -> Trace:
+        """The trace of everything that was added, checked."""
+        if not self.passes:
+            raise InputError("nothing was recorded: give texts of at least one token")
+        if self.passes % MERGED:
+            self._merge()
+        columns, counts = {}, {}
+        for name in list(self._merged):
+            group, _, own = name.rpartition("/")
+            (counts if group else columns)[own] = np.concatenate(self._merged.pop(name))
+        reads = self._log.found()
+        about = about | ({"reads_lost": self._log.lost} if self._log.lost else {})
+        made = Trace(
+            model=model, experts=self.experts, **columns, counts=counts, reads=reads, about=about
+        )
+        return made.check()
+
+
+def outcomes(
+    picks: np.ndarray,
+    exact: np.ndarray,
+    resident: np.ndarray,
+    fresh: np.ndarray,
+    hosted: np.ndarray,
+    lowered: np.ndarray,
+) -> np.ndarray:
+    """[N, L, K] u8, the `Outcome` of picks [N, L, K].
+
+    Args:
+        exact: [N, L, K], those of the model's own router.
+        resident, fresh, hosted, lowered: [L, E] bool, see `StepTrace`.
+    """
+    kind = np.where(resident, Outcome.HIT, Outcome.MISS).astype(np.uint8)
+    kind[fresh & resident] = Outcome.PREFETCHED
+    kind[hosted] = Outcome.HOST
+    kind[lowered] = Outcome.LOW
+    found = kind[np.arange(len(kind))[:, None], np.maximum(picks, 0)]
+    own = (picks[..., None] == exact[..., None, :]).any(axis=-1)
+    found[~own & np.isin(found, (Outcome.HIT, Outcome.PREFETCHED))] = Outcome.SUBSTITUTE
+    found[picks < 0] = Outcome.UNKNOWN
+    return found
+
+
+def _scores(scores: np.ndarray, most: int | None) -> dict[str, np.ndarray]:
+    if most is None:
+        return {"scores": scores}
+    order = np.argsort(-scores, axis=-1, kind="stable")[..., :most]
+    return {"top_ids": order, "top_scores": np.take_along_axis(scores, order, axis=-1)}
