@@ -213,7 +213,8 @@ def histories(draw):
 
 @given(cycles=histories(), costs=some_costs)
 def test_memory_and_choice_are_those_of_the_description(cycles, costs):
-    lengths = live(costs_of(**costs), settle=0, grace=1e6, purse=1e6, recheck=0.0, explore=0.0)
+    freely = {"settle": 0, "grace": 1e6, "purse": 1e6, "recheck": 0.0, "explore": 0.0, "pause": 1}
+    lengths = live(costs_of(**costs), **freely)
     plain = Remembered(lengths)
     for cycle in cycles:
         plain.observe(**cycle, costs=costs)
@@ -279,6 +280,16 @@ def test_dearer_cycles_never_make_zero_a_longer_draft(costs, chance, more, name)
         assert dear <= cheap
     plainer = lengths.with_costs(costs_of(**(costs | {"plain_ms": costs["plain_ms"] + more})))
     assert length_of(plainer, memory, MOST) >= (cheap > 0)
+
+
+def test_plain_steps_look_seldom_at_what_would_pay():
+    lengths = live(costs_of(plain_ms=100.0), settle=0, pause=5)
+    memory = after(lengths, [cycle_of(2, accepted=(2,))] * 4 + [cycle_of(0)] * 11)
+    chosen = [
+        int(length_of(lengths, dataclasses.replace(memory, since=jnp.int32(since)), MOST))
+        for since in range(12)
+    ]
+    assert [since for since, gamma in enumerate(chosen) if gamma] == [0, 1, 5, 10]
 
 
 def test_ties_go_to_the_smaller():
@@ -369,7 +380,7 @@ def test_a_free_draft_that_turns_right_is_followed():
     memory = after(lengths, [cycle_of(2, missed=0)], memory)
     memory = after(lengths, [cycle_of(0, shadow=[0])] * 40, memory)
     assert length_of(lengths, memory, MOST) == 0
-    memory = after(lengths, [cycle_of(0, shadow=[1])] * 15, memory)
+    memory = after(lengths, [cycle_of(0, shadow=[1])] * 16, memory)
     assert length_of(lengths, memory, MOST) > 0
 
 

@@ -32,6 +32,7 @@ class LiveCycles:
         self._noted: dict[int, collections.deque] = {}
         self._doubtful: set[int] = set()  # lengths of which only an unlikely first cycle is noted
         self._cycle = self._odd = 0
+        self._plain: float | None = None  # what `plain_ms` found, until one more is noted
         self._fitted: np.ndarray | None = None
 
     def add(self, gamma: int, seconds: float, drafted: int, verified: int, missed: int) -> None:
@@ -48,23 +49,32 @@ class LiveCycles:
         self._odd = self._odd + 1 if odd else 0
         if 0 < self._odd <= self.ODD:
             return
-        row = np.array([not live, live, live * drafted, live * verified, missed], float)
+        row = (1.0 - live, 1.0 * live, 1.0 * live * drafted, 1.0 * live * verified, 1.0 * missed)
         if gamma in self._doubtful:
             self._doubtful.remove(gamma)
             self._noted[gamma].clear()
-        elif live and gamma not in self._noted and ms > (most := self.UNLIKELY * self._fit() @ row):
+        elif (
+            live
+            and gamma not in self._noted
+            and ms > (most := self.UNLIKELY * self._fit() @ np.array(row))
+        ):
             self._doubtful.add(gamma)
             ms = most
         noted = self._noted.setdefault(gamma, collections.deque(maxlen=self.KEPT))
         noted.append((self._cycle, ms, row))
         self._fitted = None
+        if not live:
+            self._plain = None
 
     @property
     def plain_ms(self) -> float:
         """Mean of the latest plain steps of up to `MUCH` medians: some miss much."""
-        times = [ms for _, ms, _ in self._recent(0)] or [1.0]
-        most = self.MUCH * _median(times)
-        return float(np.mean([ms for ms in times if ms <= most]))
+        if self._plain is None:
+            times = [ms for _, ms, _ in self._recent(0)] or [1.0]
+            most = self.MUCH * _median(times)
+            times = [ms for ms in times if ms <= most]
+            self._plain = sum(times) / len(times)
+        return self._plain
 
     def costs(self) -> CycleCosts:
         """The estimates, as f32 scalars: replacing those of a policy does not recompile."""
@@ -72,7 +82,7 @@ class LiveCycles:
         found = dict(zip(names, self._fit()[1:], strict=True)) | {"plain_ms": self.plain_ms}
         return CycleCosts(**{name: np.float32(value) for name, value in found.items()})
 
-    def _recent(self, gamma: int) -> list[tuple[int, float, np.ndarray]]:
+    def _recent(self, gamma: int) -> list[tuple[int, float, tuple[float, ...]]]:
         noted = list(self._noted.get(gamma, ()))
         kept = [cycle for cycle in noted if cycle[0] > self._cycle - self.AGE]
         return kept if len(kept) >= self.LEAST else noted[-self.LEAST :]
@@ -90,7 +100,8 @@ class LiveCycles:
                     old = 1.0 + (self._cycle - number) / self.AGE
                     noise.append(certain * max(row[3], 1.0) ** 0.5 * old)
             start = plain * np.array(self.SHARES)
-            start[-1] /= max(np.mean([row[-1] for _, _, row in self._recent(0)] or [1.0]), 1.0)
+            missed = [row[-1] for _, _, row in self._recent(0)] or [1.0]
+            start[-1] /= max(sum(missed) / len(missed), 1.0)
             rows = np.array(rows).reshape(-1, 5)
             self._fitted = _regression(rows, np.array(times), start, np.array(noise))
         return self._fitted

@@ -5,13 +5,14 @@ account, so that a run is never much slower than plain decoding whatever the mod
 """
 
 import dataclasses
+import functools
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from moejax.errors import PolicyError
-from moejax.state import pytree, static
+from moejax.state import array_fields, pytree, static
 
 LEAST_MISSES = 0.05  # averages below it count as this: their logarithm is taken
 SHORTEST_ROW = 4  # speculative cycles between plain steps that are only for their cost
@@ -135,7 +136,9 @@ class LiveLength:
     are watched (`Cycle.shadow`) acceptance is known without: after the first cycle, which is for
     the costs, probes come every `longest` steps. While speculation wins, plain steps that cost a
     share `recheck` of the time keep their cost known, and lengths twice and half the best are tried
-    when their discounted count is below `explore`: one length does not tell what others cost.
+    when their discounted count is below `explore`: one length does not tell what others cost. A
+    run of plain steps weighs the lengths after its first step and then after every `pause` steps:
+    that takes a few per cent of a short step.
 
     The promise: a speculative cycle needs credit for what it is expected to lose. Counted in plain
     steps, credit is `grace` at first; a token per sequence earns `budget`; a speculative cycle
@@ -159,6 +162,7 @@ class LiveLength:
     grace: jax.Array | float = 3.0
     purse: jax.Array | float = 8.0
     settle: jax.Array | int = 4  # plain steps before the first speculative cycle
+    pause: jax.Array | int = 4  # plain steps from one look at what would pay to the next
     first: jax.Array | int = 8
     longest: jax.Array | int = 256
     recheck: jax.Array | float = 0.02
@@ -209,6 +213,13 @@ class LiveLength:
         """[] i32 gamma of the next cycle; raises PolicyError for a `max_length` beyond `size`."""
         if max_length > self.size:
             raise PolicyError(f"draft lengths up to {max_length}: LiveLength has size {self.size}")
+        ready = (memory.plain >= self.settle) & (memory.credit >= 0)
+        looks = (memory.since <= 1) | (memory.since % self.pause == 0)
+        choice = functools.partial(self._choice, memory, max_length)
+        return jax.lax.cond(ready & looks, choice, lambda: jnp.int32(0))
+
+    def _choice(self, memory: LengthMemory, max_length: int) -> jax.Array:
+        """[] i32 gamma where speculation is possible at all."""
         tokens, time = (each[: max_length + 1] for each in self.gain(memory))
         lost = time - tokens
         best = self._best(memory, tokens, time)
@@ -218,22 +229,24 @@ class LiveLength:
         gamma = jnp.where(best > 0, self._other(memory, best, lost), probe * due)
         row = (tokens[best] / time[best] - 1.0) / (self.recheck * tokens[best])
         stale = (best > 0) & (memory.row >= jnp.maximum(row, SHORTEST_ROW))
-        ready = (memory.plain >= self.settle) & (memory.credit >= 0) & ~stale
-        return jnp.where(ready, gamma, 0).astype(jnp.int32)
+        return jnp.where(stale, 0, gamma).astype(jnp.int32)
 
     def observe(self, memory: LengthMemory, cycle: Cycle) -> LengthMemory:
         """Memory after a cycle; one without an active sequence changes nothing."""
-        active, speculated = cycle.active, cycle.gamma > 0
+        active, speculated, ran = cycle.active, cycle.gamma > 0, cycle.active.any()
         drafted = active * cycle.drafted
         length = drafted.max()
         seen, right, shadowed = self._positions(memory, drafted, cycle)
-        misses, weight = self._averages(memory, length, cycle.missed)
+        misses, weight = self._averages(memory, length, cycle)
         kept = dataclasses.replace(memory, seen=seen, right=right, misses=misses, weight=weight)
         tokens = 1.0 + (active * cycle.accepted).sum() / jnp.maximum(active.sum(), 1)
         time = speculative_ms(self.costs, length, cycle.missed) / self.costs.plain_ms
         lost = jnp.where(speculated & jnp.isfinite(time), time - tokens, 0.0)
         credit = jnp.minimum(memory.credit + self.budget * tokens - lost, self.purse)
-        losing = (self._best(kept, *self.gain(kept)) == 0) & (lost > 0)
+        loses = speculated & (lost > 0)
+        losing = jax.lax.cond(
+            loses, lambda: self._best(kept, *self.gain(kept)) == 0, lambda: jnp.bool(False)
+        )
         interval = jnp.where(losing, jnp.minimum(2 * memory.interval, self.longest), self.first)
         after = dataclasses.replace(
             kept,
@@ -245,7 +258,14 @@ class LiveLength:
             shadowed=jnp.where(speculated, memory.shadowed, shadowed),
             tried=memory.tried | speculated,
         )
-        return jax.tree.map(lambda new, old: jnp.where(active.any(), new, old), after, memory)
+        same = {"seen", "right", "misses", "weight"}  # they heed `ran` themselves, so that a
+        # program computes what `length` sees of them once, not before and after a choice.
+        chosen = {
+            name: jnp.where(ran, getattr(after, name), getattr(memory, name))
+            for name in array_fields(LengthMemory)
+            if name not in same
+        }
+        return dataclasses.replace(kept, **chosen)
 
     def _best(self, memory: LengthMemory, tokens: jax.Array, time: jax.Array) -> jax.Array:
         """[] i32 gamma of the greatest gain, if more than the margin and not a leap."""
@@ -275,13 +295,16 @@ class LiveLength:
         # Deeper positions fade towards those before them; the first one's prior is no evidence.
         floor = jnp.where(position == 1, FEW_SEEN / jnp.maximum(memory.seen, FEW_SEEN), 0.0)
         keep = jnp.where(count > 0, self.decay, jnp.maximum(self.forget, floor))
+        keep = jnp.where(cycle.active.any(), keep, 1.0)
         seen, right = memory.seen * keep + count, memory.right * keep + good.sum(axis=0)
         return seen, right, guessed.any()
 
-    def _averages(self, memory: LengthMemory, length: jax.Array, missed: jax.Array) -> tuple:
+    def _averages(self, memory: LengthMemory, length: jax.Array, cycle: Cycle) -> tuple:
         """Average misses by window and the weights behind them, [size + 1] f32 each."""
-        here = jnp.arange(self.size + 1) == length
-        kept = memory.weight * jnp.where(here, self.decay, self.forget)
+        ran = cycle.active.any()
+        here = (jnp.arange(self.size + 1) == length) & ran
+        fade = jnp.where(here, self.decay, jnp.where(ran, self.forget, 1.0))
+        kept = memory.weight * fade
         weight = kept + here
-        average = (kept * memory.misses + missed) / jnp.maximum(weight, 1.0)
+        average = (kept * memory.misses + cycle.missed) / jnp.maximum(weight, 1.0)
         return jnp.where(here, average, memory.misses), weight
