@@ -22,7 +22,7 @@ from experiments import smoe_common as common
 from moejax.policies.policy import policy
 from moejax.simulator import accesses, replay, stack_distance
 from moejax.simulator.simulate import Asked, prepared
-from moejax.simulator.tape import tape_of
+from moejax.simulator.tape import tapes_of
 from moejax.traces import importers as trace_import
 from moejax.traces.trace import Phase, Trace
 
@@ -57,7 +57,7 @@ def policies(number: int, layers: int) -> dict[str, list[tuple[str, int]]]:
 def sweep(trace: Trace, number: int, *, per_layer: bool) -> dict[str, Any]:
     """All configurations on one kind of pool."""
     begun = time.perf_counter()
-    tape, setting = tape_of(trace), replay.Setting(experts=trace.experts)
+    tapes, setting = tapes_of(trace), replay.Setting(experts=trace.experts)
     decode = trace.pass_phases() != Phase.PREFILL
     rows = []
     for pairs in policies(number, trace.layers).values():
@@ -65,7 +65,7 @@ def sweep(trace: Trace, number: int, *, per_layer: bool) -> dict[str, Any]:
             dataclasses.replace(policy(name), capacity=jnp.int32(slots)) for name, slots in pairs
         ]
         most = max(slots for _, slots in pairs)
-        counts = replay.run(tape, made, most, setting, per_layer=per_layer)
+        counts = replay.run(tapes, made, most, setting, per_layer=per_layer)
         hits, needed = (counts[n][:, decode].sum(axis=(1, 2)) for n in ("hits", "needed"))
         rows += [
             {"policy": name, "slots": slots, "hit_rate": float(h / n)}

@@ -1,7 +1,6 @@
 """The loop over speculative cycles: how wide, how long, and what becomes of the tokens."""
 
 import dataclasses
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from moejax.speculate import DraftModel, Made, Speculating, Target, cycle
 from moejax.state import DecodeState, ExpertStore, StepTrace
 from moejax.stats import Stats
 
-RENEWED = {True: 4, False: 16}  # drafting or plain cycles from one renewal of costs to the next
+RENEWED = {True: 8, False: 32}  # drafting or plain cycles from one renewal of costs to the next
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +91,7 @@ class Cycles:
         record: bool = False,
         live: Live | None = None,
     ):
-        """What a run needs; with `record`, `trace` is that of the latest verification."""
+        """What a run needs; with `record`, `trace` and `drafts` are those of the latest cycle."""
         speculation = target.policy.speculation
         if speculation.draft.kind == "model":
             if helper is None:
@@ -112,7 +111,9 @@ class Cycles:
                 self._renew_costs()
         self.run: Speculating | None = None
         self.trace: StepTrace | None = None
+        self.drafts: StepTrace | None = None  # [G, ...] of a self-draft's steps
         self.gamma = self.drafted = 0  # of the next cycle, and of the latest
+        self._program: tuple[int, int] | None = None  # batch and width of the latest
 
     def begin(
         self, state: DecodeState, texts: Sequence[np.ndarray], seen: jax.Array | None
@@ -169,18 +170,16 @@ class Cycles:
             LinkError: expert records did not arrive; no token was made.
         """
         policy = self.target.policy.speculation
-        gamma = min(self.gamma, policy.max_length, int(np.max(np.where(active, room, 1))) - 1)
-        gamma = max(gamma, 0)
+        gamma = max(min(self.gamma, policy.max_length, int((active * room).max()) - 1), 0)
         width = width_for(gamma, policy.max_length)
-        begun = time.perf_counter()
         if gamma and self.helper is not None:
             self._caught_up()
-        self.run, packed, self.trace = cycle(
+        self.run, packed, recorded = cycle(
             self.target,
             self.helper and self.helper.fixed,
             self.run,
             np.int32(gamma),
-            (room - 1).astype(np.int32),
+            (room - 1).astype(np.int32, copy=False),
             active,
             self.sampling,
             self.key,
@@ -188,12 +187,12 @@ class Cycles:
             greedy=self.greedy,
             **self.options,
         )
+        self.trace, self.drafts = recorded or (None, None)
         made = packed.unpacked()
-        seconds = time.perf_counter() - begun
         if made.totals.failure:
             raise LinkError(f"status {int(made.totals.failure)}")
-        self._learn(gamma, width, seconds, made, active)
-        self.drafted = gamma
+        self.gamma, self.drafted = int(made.next_length), gamma
+        self._program = (len(active), width)
         return made
 
     def compile(self, batch: int) -> None:
@@ -201,22 +200,21 @@ class Cycles:
         for width in widths(self.target.policy.speculation.max_length):
             self.gamma = width - 1
             self.step(np.ones(batch, bool), np.full(batch, width))
+            if self.live is not None:
+                self.live.compiled.add(self._program)
 
-    def _learn(
-        self, gamma: int, width: int, seconds: float, made: Made, active: np.ndarray
-    ) -> None:
-        self.gamma = int(made.next_length)
+    def learn(self, made: Made, seconds: float) -> None:
+        """Note how long the latest cycle took, with all that its tokens took on the host."""
         if self.live is None:
             return
-        program = (len(active), width)
-        if program not in self.live.compiled:  # it may have been compiled just now
-            self.live.compiled.add(program)
+        if self._program not in self.live.compiled:  # it may have been compiled just now
+            self.live.compiled.add(self._program)
             return
         missed = int(made.totals.needed) - int(made.totals.hits)
-        self.live.costs.add(gamma, seconds, gamma, gamma + 1, missed)
+        self.live.costs.add(self.drafted, seconds, self.drafted, self.drafted + 1, missed)
         self.live.since += 1
         # It takes 0.3 ms: at first always, later seldom.
-        if self.live.since >= min(self.live.renewed, RENEWED[gamma > 0]):
+        if self.live.since >= min(self.live.renewed, RENEWED[self.drafted > 0]):
             self._renew_costs()
         self.live.known = True
 

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from moejax.decode import (
     step,
     token_ids,
 )
+from moejax.drawn import NONFINITE, Drawn, Token, collect, draw, token_of
 from moejax.errors import InputError, LinkError, NonFiniteError, PolicyError
 from moejax.kernels.transport import Store
 from moejax.live import Costs, Drift, DriftBudget
@@ -30,58 +30,10 @@ from moejax.sampling import (
     Sampling,
     divergence,
     mark_seen,
-    nonfinite_rows,
-    sample,
-    sequence_keys,
-    token_logprobs,
-    top_logprobs,
 )
-from moejax.speculate import Made, Target
-from moejax.state import DecodeState, ExpertStore, StepOutput, pytree
-from moejax.stats import Stats, Totals, totals_of
-
-
-@pytree
-class Drawn:
-    """The tokens that a step chose."""
-
-    token: jax.Array  # [B] i32
-    logprob: jax.Array  # [B] f32, in the model's own distribution
-    top_logprob: jax.Array  # [B, n] f32
-    top_token: jax.Array  # [B, n] i32
-    bad: jax.Array  # [B] bool, NaN or infinity in the logits
-    totals: Totals | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Token:
-    """One generated token of one sequence."""
-
-    sequence: int
-    id: int
-    logprob: float
-    top_logprobs: tuple[tuple[int, float], ...]  # (token id, log-probability), likeliest first
-
-
-def _draw(
-    out: StepOutput,
-    length: jax.Array,
-    sampling: Sampling,
-    key: jax.Array,
-    seen: Any,
-    top: int,
-) -> Drawn:
-    numbers = jnp.arange(out.logits.shape[0], dtype=jnp.int32)
-    token = sample(out.logits, sampling, sequence_keys(key, numbers, length), seen)
-    values, ids = top_logprobs(out.logits, top)
-    return Drawn(
-        token=token,
-        logprob=token_logprobs(out.logits, token),
-        top_logprob=values,
-        top_token=ids,
-        bad=nonfinite_rows(out.logits),
-        totals=totals_of(out.trace),
-    )
+from moejax.speculate import Target
+from moejax.state import DecodeState, ExpertStore
+from moejax.stats import Stats, totals_of
 
 
 @functools.partial(
@@ -111,7 +63,7 @@ def generate_step(
     if seen is not None:
         seen = mark_seen(seen, jnp.maximum(tokens, 0), tokens >= 0)
     state, out = step(model, policy, params, store, state, tokens)
-    drawn = pack(_draw(out, state.length, sampling, key, seen, top))
+    drawn = pack(draw(out, state.length, sampling, key, seen, top))
     return state, seen, drawn, out.logits if logits else None
 
 
@@ -174,7 +126,7 @@ class Engine:
             size = tokens.shape[1]
             ends = [done < len(p) <= done + size for p in prompts]
             done += size
-            first = _collect(drawn, np.array(ends))
+            first = collect(drawn, np.array(ends))
             for token in first:
                 pending[token.sequence] = token.id
             if all(len(p) <= done for p in prompts):
@@ -188,20 +140,7 @@ class Engine:
             texts = [[*h, *p, t] for h, p, t in zip(before, prompts, pending, strict=True)]
             yield from run.cycles(state, texts, max_new_tokens, stop_ids, finished)
             return
-        for _ in range(max_new_tokens - 1):
-            if finished.all():
-                return
-            begun = time.perf_counter()
-            tokens = np.where(finished, -1, pending)[:, None].astype(np.int32)
-            state, drawn = run.decode(state, tokens, ~finished)
-            fresh = _collect(drawn, ~finished)
-            stats.decode_seconds += time.perf_counter() - begun
-            stats.steps += 1
-            stats.new_tokens += len(fresh)
-            for token in fresh:
-                pending[token.sequence] = token.id
-            yield state, fresh
-            finished |= np.isin(pending, list(stop_ids))
+        yield from run.steps(state, pending, max_new_tokens, stop_ids, finished)
 
     def compile_cycles(
         self, state: DecodeState, sampling: Sampling, seen: jax.Array | None, top: int = 0
@@ -235,9 +174,35 @@ class _Run:
         self.costs = Costs(engine.policy, engine.link)
         self.drift = engine.drift and Drift(engine.drift, engine.policy)
         stats.drift = self.drift and self.drift.stats
-        self.before = self.link.stats().bytes if self.link else 0
+        self.before = self.link.moved() if self.link else 0
         if engine.drift is not None and engine.policy.speculation.max_length:
             raise PolicyError("a drift budget cannot steer a policy that drafts")
+
+    def steps(
+        self,
+        state: DecodeState,
+        pending: np.ndarray,
+        max_new_tokens: int,
+        stop_ids: frozenset[int],
+        finished: np.ndarray,
+    ) -> Iterator[tuple[DecodeState, list[Token]]]:
+        """Steps of one token of each sequence; the `pending` [B] have been made."""
+        stats, begun = self.stats, time.perf_counter()
+        for _ in range(max_new_tokens - 1):
+            if finished.all():
+                return
+            tokens = np.where(finished, -1, pending)[:, None].astype(np.int32)
+            state, drawn = self.decode(state, tokens, ~finished)
+            fresh = collect(drawn, ~finished)
+            stats.steps += 1
+            stats.new_tokens += len(fresh)
+            for token in fresh:
+                pending[token.sequence] = token.id
+            stats.decode_seconds += time.perf_counter() - begun
+            yield state, fresh
+            begun = time.perf_counter()
+            for token in fresh:
+                finished[token.sequence] |= token.id in stop_ids
 
     def cycles(
         self,
@@ -258,10 +223,12 @@ class _Run:
         begun = time.perf_counter()
         loop.begin(state, texts, self.seen)
         stats.draft_prefill_seconds += time.perf_counter() - begun
-        room = np.full(len(texts), max_new_tokens - 1)
-        while not (finished | (room < 1)).all():
-            begun = time.perf_counter()
+        room = np.full(len(texts), max_new_tokens - 1, np.int32)
+        begun = time.perf_counter()
+        while True:
             active = ~finished & (room > 0)
+            if not active.any():
+                return
             try:
                 made = loop.step(active, room)
             except LinkError as error:
@@ -272,22 +239,24 @@ class _Run:
             if (made.bad & active).any():
                 raise NonFiniteError(NONFINITE)
             seconds = time.perf_counter() - begun
+            loop.learn(made, seconds)
             learned = self._learned(loop.target.policy, seconds)
             loop.target = dataclasses.replace(loop.target, policy=learned)
-            stats.decode_seconds += time.perf_counter() - begun
             self._count_bytes(prefill=False)
-            fresh = [_token(made, b, i) for b, i in places]
+            fresh = [token_of(made, b, i) for b, i in places]
             stats.new_tokens += len(fresh)
             for token in fresh:
                 room[token.sequence] -= 1
+            stats.decode_seconds += time.perf_counter() - begun
             yield loop.run.state, fresh
+            begun = time.perf_counter()
             for token in fresh:
                 finished[token.sequence] |= token.id in stop_ids
 
     def _count_bytes(self, *, prefill: bool) -> None:
         if self.link is None:
             return
-        self.stats.link_bytes = self.link.stats().bytes - self.before
+        self.stats.link_bytes = self.link.moved() - self.before
         if prefill:
             self.stats.prefill_link_bytes = self.stats.link_bytes
 
@@ -372,28 +341,3 @@ class _Run:
 
 
 _divergence = jax.jit(divergence)
-
-
-NONFINITE = (
-    "the logits hold NaN or infinity; check the weights (`moejax inspect --verify`) or run in "
-    "float32"
-)
-
-
-def _collect(drawn: Drawn, active: np.ndarray) -> list[Token]:
-    """The tokens of the active sequences; NonFiniteError for NaN or infinity in their logits."""
-    if (drawn.bad & active).any():
-        raise NonFiniteError(NONFINITE)
-    return [_token(drawn, int(i)) for i in np.flatnonzero(active)]
-
-
-def _token(drawn: Drawn | Made, sequence: int, place: int | None = None) -> Token:
-    """The token of a sequence, the one at `place` of a cycle."""
-    at = sequence if place is None else (sequence, place)
-    top = zip(drawn.top_token[at], drawn.top_logprob[at], strict=True)
-    return Token(
-        sequence=sequence,
-        id=int(drawn.token[at]),
-        logprob=float(drawn.logprob[at]),
-        top_logprobs=tuple((int(t), float(v)) for t, v in top),
-    )

@@ -35,6 +35,9 @@ class Hardware:
     device_us_per_expert: dict[int, float]  # by tokens: one expert's FFN in its slot
     contended_link_gb_per_s: float  # while the host computes experts for one token
     contended_host_us_per_expert: float  # for one token, while the link copies
+    # Of a layer with a missing expert, beside the time of its record over a link and computing:
+    # asking, making room, the kernels called again. 0 = not measured.
+    miss_us: float = 0.0
 
     def to_json(self) -> str:
         """One JSON document, read back by `from_json`."""

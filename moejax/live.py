@@ -1,6 +1,7 @@
 """What a run learns between steps: the costs that a placement weighs, and how far it may drift."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -10,10 +11,19 @@ from moejax.errors import InputError, PolicyError
 from moejax.kernels.transport import Store, StoreStats
 from moejax.policies.placement import LiveCosts
 from moejax.policies.policy import Policy, with_alpha
+from moejax.state import array_fields
 
 LEARNED = 8  # steps from one renewal of costs to the next
 SLOWEST, FASTEST = 0.5, 1.1  # factors of alpha from one probe to the next
 LEAST_ALPHA = 0.01  # from which alpha can still grow
+# Fields of a placement that learns its costs, or of the `price.Costs` that it has, by their names.
+PLAIN = {"load_us": "load", "host_us": "host"}
+PRICED = {
+    "load_us": "load",
+    "host_fixed_us": "host0",
+    "host_token_us": "host1",
+    "device_us": "device",
+}
 
 
 class Costs:
@@ -26,9 +36,7 @@ class Costs:
     def __init__(self, policy: Policy | None, link: Store | None):
         placement = policy and policy.placement
         self._link = link
-        self.active = bool(
-            link and policy.exact and placement.uses_host and hasattr(placement, "with_costs")
-        )
+        self.active = bool(link and policy.exact and _learns(placement))
         if self.active:
             load, host = float(placement.load), float(placement.host)
             self._costs, self._ratio = LiveCosts(), host / load if load else math.inf
@@ -73,6 +81,70 @@ class Costs:
     def host_us(self) -> float | None:
         """Microseconds of one expert on the host; None until one has run there."""
         return self._costs.host if "host" in self._measured else None
+
+
+def learned(policy: Policy) -> dict[str, float]:
+    """By name, the numbers of a policy that `Costs` renews; {} where one is not finite.
+
+    Costs are in the policy's own unit, microseconds from the first renewal on. With `host_us`, the
+    cost of one token, also where a placement has that in two parts.
+    """
+    found = {name: float(_at(policy, path)) for name, path in _renewed(policy).items()}
+    if "host_fixed_us" in found:
+        found["host_us"] = found["host_fixed_us"] + found["host_token_us"]
+    return found if all(map(math.isfinite, found.values())) else {}
+
+
+def with_learned(policy: Policy, numbers: dict[str, Any]) -> Policy:
+    """The policy with those of the `numbers` that it has, as `learned` names them; may be traced.
+
+    Numbers are floats or [] f32.
+    """
+    for name, path in _renewed(policy).items():
+        if name in numbers:
+            policy = _with(policy, path, numbers[name])
+    return policy
+
+
+def names_of(policy: Policy) -> set[str] | None:
+    """What `with_learned` takes over; None where a part learns what has no name here."""
+    if not _learns(policy.placement):
+        return set()
+    renewed = _renewed(policy)
+    parts = {"placement"} | ({"foresight"} if hasattr(policy.foresight, "with_rate") else set())
+    return set(renewed) if parts == {path[0] for path in renewed.values()} else None
+
+
+def _learns(placement: Any) -> bool:
+    return placement.uses_host and hasattr(placement, "with_costs")
+
+
+def _renewed(policy: Policy) -> dict[str, tuple[str, ...]]:
+    """Where a policy holds the numbers that `Costs` renews, by name."""
+    placement, found = policy.placement, {}
+    if not _learns(placement):
+        return found
+    for whole, names in ((placement, PLAIN), (getattr(placement, "costs", None), PRICED)):
+        if set(names.values()) <= _fields(whole):
+            within = ("placement",) if whole is placement else ("placement", "costs")
+            found |= {name: (*within, own) for name, own in names.items()}
+    if hasattr(policy.foresight, "with_rate") and "rate" in _fields(policy.foresight):
+        found["rate"] = ("foresight", "rate")
+    return found
+
+
+def _fields(part: Any) -> set[str]:
+    return set(array_fields(type(part))) if dataclasses.is_dataclass(part) else set()
+
+
+def _at(part: Any, path: tuple[str, ...]) -> Any:
+    return functools.reduce(getattr, path, part)
+
+
+def _with(part: Any, path: tuple[str, ...], value: Any) -> Any:
+    name, *rest = path
+    own = _with(getattr(part, name), tuple(rest), value) if rest else value
+    return dataclasses.replace(part, **{name: own})
 
 
 def _each(before: StoreStats, now: StoreStats, time: str, count: str) -> float | None:

@@ -1,6 +1,7 @@
-"""Measured rates of this machine: stream reads, the link, and experts on host and device."""
+"""Measured rates of this machine: stream reads, the link, experts, and what a miss costs."""
 
 import concurrent.futures
+import dataclasses
 import functools
 import os
 import statistics
@@ -13,16 +14,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax import devices, doctor, kernels
+from moejax import devices, doctor, experts, kernels
 from moejax.config import ModelConfig
 from moejax.hardware import Hardware
+from moejax.kernels import build
+from moejax.kernels.transport import Store
 from moejax.layout import RECORD_ALIGNMENT, RecordLayout, aligned_empty
+from moejax.policies import residency as tables
+from moejax.policies.policy import Policy, policy
+from moejax.policies.prediction import Ahead
+from moejax.policies.routing import Routing
+from moejax.state import ExpertCache, ExpertStore, PolicyMemory
 
 STREAM_BYTES = 1 << 30  # more than the last-level cache of any CPU at hand
 STORE_BYTES = 1 << 30
 CALL_BYTES = 1 << 26  # copied or computed with per timed call, so that dispatch does not count
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 REPEATS = 5
+SMALL = {"width": 256, "expert_width": 128}  # at most, of experts whose misses are timed
+AT_ONCE_GB_PER_S = 1e6  # of a link on which no record is waited for
 
 
 def cores() -> int:
@@ -61,8 +71,8 @@ def hardware(
         store_bytes: memory for the records made up for it, at most the model's own.
     """
     layout = config.record_layout(form)
-    experts = config.num_moe_layers * config.num_experts
-    count = max(2, min(experts, store_bytes // layout.stride))
+    total = config.num_moe_layers * config.num_experts
+    count = max(2, min(total, store_bytes // layout.stride))
     records = made_up_records(layout, count)
     source = jax.device_put(records, devices.store_sharding(on_device=False))
     link = Link(source, how)
@@ -98,6 +108,7 @@ def hardware(
         device_us_per_expert={n: slots.seconds(n) * 1e6 for n in TOKENS},
         contended_link_gb_per_s=layout.stride / busy_link / 1e9,
         contended_host_us_per_expert=busy_host * 1e6,
+        miss_us=miss_us(layout, how),
     )
 
 
@@ -179,6 +190,101 @@ class Experts:
     def seconds(self, tokens: int) -> float:
         """Seconds per expert, median over calls."""
         return _median_seconds(lambda: self.compute(tokens))
+
+
+@functools.partial(jax.jit, static_argnames=("how",), donate_argnames=("cache", "memory"))
+def _decode(
+    chosen: Policy,
+    store: ExpertStore,
+    cache: ExpertCache,
+    memory: PolicyMemory,
+    picks: jax.Array,
+    *,
+    how: str,
+) -> tuple[ExpertCache, PolicyMemory, jax.Array]:
+    """Tokens with one expert in each layer, picks [T, L]; also what comes out, x [1, D]."""
+    layers = picks.shape[1]
+    per_layer = store.records.shape[0] // layers
+
+    def one(carry: tuple, at: tuple) -> tuple:
+        (cache, memory, x), (index, pick) = carry, at
+        expert, weight = pick.reshape(1, 1), jnp.ones((1, 1), jnp.float32)
+        layer = experts.Layer(
+            index=index,
+            hidden=x,
+            x=x,
+            shared=None,
+            scores=jnp.zeros((1, per_layer), jnp.float32),
+            routing=Routing(expert=expert, weight=weight, exact=expert, replaced_mass=jnp.zeros(1)),
+            valid=jnp.ones(1, bool),
+        )
+        ahead = Ahead(gate=None, input_norm=None, attend=None)
+        y, cache, memory, _, _ = experts.apply(chosen, store, cache, memory, layer, ahead)
+        # Of y, so that a layer begins when the one before is done, as those of a model do.
+        return (cache, memory, x + 1e-6 * y), None
+
+    def token(carry: tuple, own: jax.Array) -> tuple:
+        return jax.lax.scan(one, carry, (jnp.arange(layers, dtype=jnp.int32), own))
+
+    x = jnp.full((1, store.layout.width), 0.5, jnp.float32)
+    with kernels.using(how):
+        (cache, memory, x), _ = jax.lax.scan(token, (cache, memory, x), picks)
+    return cache, memory, x
+
+
+class Layers:
+    """Layers of one small expert each, which is in its slot or comes over a link.
+
+    That link takes no time. All run in one program, whose beginning therefore does not count.
+    """
+
+    layers, experts, tokens = 8, 4, 64
+
+    def __init__(self, layout: RecordLayout, how: str):
+        most = {name: min(getattr(layout, name), size) for name, size in SMALL.items()}
+        layout = dataclasses.replace(layout, **most)
+        records = made_up_records(layout, self.layers * self.experts)
+        self.link = Store.open_paced(records, gigabytes_per_second=AT_ONCE_GB_PER_S)
+        handle = jnp.int32(self.link.handle)
+        self._store = ExpertStore(records=jnp.asarray(records), link=handle, layout=layout)
+        self._how = how
+        slots = 2 * self.layers  # for the experts of two tokens: one that needs others misses all
+        self._policy = dataclasses.replace(policy("lru"), capacity=jnp.int32(slots))
+        self._memory = self._policy.init(self.layers, self.experts)
+        self._cache = ExpertCache(
+            pool=jnp.zeros((slots, layout.elements), layout.bits),
+            residency=tables.empty(len(records), slots),
+            arriving=jnp.zeros(slots, bool),
+        )
+
+    def run(self, missing: bool) -> int:
+        """Run all layers for some tokens, which need other experts if they are to be `missing`.
+
+        Returns how many layers that were.
+        """
+        turn = np.arange(self.tokens, dtype=np.int32) % self.experts * missing
+        picks = jnp.asarray(np.repeat(turn[:, None], self.layers, axis=1))
+        self._cache, self._memory, x = _decode(
+            self._policy, self._store, self._cache, self._memory, picks, how=self._how
+        )
+        x.block_until_ready()
+        return picks.size
+
+
+def miss_us(layout: RecordLayout, how: str) -> float:
+    """Microseconds that a layer takes for a missing expert beside the time of its record.
+
+    0 where experts come over no link. Measured on small experts: it is what does not grow with
+    them.
+    """
+    if jax.default_backend() != "cpu" or build.library() is None:
+        return 0.0
+    made = Layers(layout, how)
+    try:
+        hit, miss = (_median_seconds(lambda m=m: made.run(m)) for m in (False, True))
+    finally:
+        made.link.close()
+    return max(miss - hit, 0.0) * 1e6
 
 
 def contention(link: Link, host: Experts) -> tuple[float, float]:

@@ -12,8 +12,9 @@ import numpy as np
 from moejax import decode, devices, warm
 from moejax.config import ModelConfig
 from moejax.cycles import Helper, Live
+from moejax.drawn import Token
 from moejax.errors import BudgetError, InputError, TokenizerError
-from moejax.generate import Engine, Token
+from moejax.generate import Engine
 from moejax.kernels.transport import Store
 from moejax.live import DriftBudget
 from moejax.models.transformer import Decoder

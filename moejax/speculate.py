@@ -28,7 +28,7 @@ from moejax.sampling import (
     top_logprobs,
 )
 from moejax.state import DecodeState, ExpertStore, PolicyMemory, StepTrace, pytree, static
-from moejax.stats import Totals, totals_of
+from moejax.stats import DraftCost, Totals, totals_of
 
 
 @pytree
@@ -73,9 +73,7 @@ class Drafted:
     token: jax.Array  # [B, G] i32
     count: jax.Array  # [B] i32, how many of them
     logits: jax.Array | None  # [B, G, V] f32 they were drawn from; None = they were certain
-    prefetched: jax.Array  # [] i32, records brought in ahead meanwhile
-    stall: jax.Array  # [] i32, microseconds waited for the link
-    failure: jax.Array  # [] i32, see StepTrace
+    cost: DraftCost
 
 
 @pytree
@@ -107,30 +105,28 @@ def propose(
     *,
     width: int,
     greedy: bool,
+    record: bool = False,
 ) -> tuple[Speculating, Drafted]:
     """Draft up to `gamma` tokens for each sequence, and at most its `limit` [B].
 
     The KV caches hold more than before; lengths are as before. `width` - 1 is the most that can be
-    drafted, and `greedy` says that no sequence samples.
+    drafted, and `greedy` says that no sequence samples; `record` keeps a self-draft's own traces.
     """
     draft = target.policy.speculation.draft
     before, batch = run.state.length, run.state.length.shape[0]
     count = jnp.clip(jnp.minimum(gamma, limit), 0, width - 1)
-    zero = jnp.int32(0)
     empty = Drafted(
         token=jnp.zeros((batch, width - 1), jnp.int32),
         count=jnp.zeros(batch, jnp.int32),
         logits=None,
-        prefetched=zero,
-        stall=zero,
-        failure=zero,
+        cost=DraftCost.none(),
     )
     if width == 1:
         return run, empty
     if draft.kind == "lookup":
         token, found = lookup(run.text, before, draft.least, width - 1)
         return run, dataclasses.replace(empty, token=token, count=jnp.minimum(found, count))
-    loop = _DraftLoop(target, helper, sampling, key, count, before, greedy, width)
+    loop = _DraftLoop(target, helper, sampling, key, count, before, greedy, width, record)
     run, drafted = loop.run(run, gamma)
     state = dataclasses.replace(run.state, length=before)
     return dataclasses.replace(run, state=state), drafted
@@ -148,17 +144,18 @@ class _DraftLoop:
     before: jax.Array  # [B] i32
     greedy: bool
     width: int
+    record: bool
 
     def run(self, run: Speculating, gamma: jax.Array) -> tuple[Speculating, Drafted]:
         """The state with drafts in its caches, and the drafts."""
         batch, vocabulary = self.before.shape[0], self.target.model.config.vocab_size
         shape = (batch, self.width - 1)
         logits = None if self.greedy else jnp.zeros((*shape, vocabulary), jnp.float32)
-        pending, zero = run.pending, jnp.int32(0)
+        pending = run.pending
         carry = (
             *(run.state, run.draft, run.seen, pending[:, 0]),
             *(jnp.zeros(shape, jnp.int32), logits, jnp.ones(batch, jnp.float32)),
-            (zero, zero, zero),
+            self._nothing(run),
         )
         if self.helper is None:
             carry = jax.lax.fori_loop(0, gamma, functools.partial(self._one, None), carry)
@@ -169,16 +166,22 @@ class _DraftLoop:
             first = jnp.where(behind, *(jnp.concatenate(row, axis=1) for row in rows))
             carry = self._one(first, jnp.int32(0), carry)
             carry = jax.lax.fori_loop(1, gamma, functools.partial(self._one, None), carry)
-        state, draft, _, _, token, logits, _, (prefetched, stall, failure) = carry
-        drafted = Drafted(
-            token=token,
-            count=self.count,
-            logits=logits,
-            prefetched=prefetched,
-            stall=stall,
-            failure=failure,
-        )
+        state, draft, _, _, token, logits, _, cost = carry
+        drafted = Drafted(token=token, count=self.count, logits=logits, cost=cost)
         return dataclasses.replace(run, state=state, draft=draft), drafted
+
+    def _nothing(self, run: Speculating) -> DraftCost:
+        """No cost yet, with room for what a self-draft does if that is recorded."""
+        if self.helper is not None or not self.record:
+            return DraftCost.none()
+        like = jax.eval_shape(lambda: self._own(run.state, run.pending, jnp.ones(len(self.count))))
+        each = jax.tree.map(lambda x: jnp.zeros((self.width - 1, *x.shape), x.dtype), like[1].trace)
+        return DraftCost.none(each)
+
+    def _own(self, state: DecodeState, feed: jax.Array, chance: jax.Array) -> tuple:
+        """State and output of a step of the model itself as its own drafter."""
+        fixed = (self.target.model, self.target.policy, self.target.params, self.target.store)
+        return step(*fixed, state, feed, prefill=False, chance=chance, scores=self.record)
 
     def _one(self, first: jax.Array | None, i: jax.Array, carry: tuple) -> tuple:
         state, draft, seen, token, tokens, logits, chance, cost = carry
@@ -187,7 +190,7 @@ class _DraftLoop:
         feed = jnp.where(active[:, None], feed, -1)
         if seen is not None:
             seen = mark_seen(seen, jnp.maximum(token, 0)[:, None], active[:, None])
-        state, draft, found, cost = self._step(state, draft, feed, chance, cost)
+        state, draft, found, cost = self._step(i, state, draft, feed, chance, cost)
         numbers = jnp.arange(token.shape[0], dtype=jnp.int32)
         # By cycle, not by position: a draft that follows a rejected one is drawn anew.
         key = jax.random.fold_in(jax.random.fold_in(self.key, 1), i)
@@ -203,22 +206,18 @@ class _DraftLoop:
 
     def _step(
         self,
+        i: jax.Array,
         state: DecodeState,
         draft: DecodeState | None,
         feed: jax.Array,
         chance: jax.Array,
-        cost: tuple,
+        cost: DraftCost,
     ) -> tuple:
         """Logits [B, V] of the drafter after the tokens `feed` [B, T], and what it cost."""
-        target, (prefetched, stall, failure) = self.target, cost
         if self.helper is None:
-            fixed = (target.model, target.policy, target.params, target.store)
-            state, out = step(*fixed, state, feed, prefill=False, chance=chance)
-            trace = out.trace
-            prefetched = prefetched + trace.prefetched.sum()
-            stall, failure = stall + trace.stall.sum(), jnp.maximum(failure, trace.failure.max())
-            return state, draft, out.logits, (prefetched, stall, failure)
-        helper, foresight = self.helper, target.policy.foresight
+            state, out = self._own(state, feed, chance)
+            return state, draft, out.logits, cost.add(out.trace, i)
+        target, helper, foresight = self.target, self.helper, self.target.policy.foresight
         how = None
         if foresight.drafts:
             how = "raw" if foresight.norm == "target" else "normed"
@@ -234,8 +233,8 @@ class _DraftLoop:
                 *(target.policy, target.store, state, out.hidden, valid, spread),
                 method="foresee",
             )
-            prefetched = prefetched + count
-        return state, draft, out.logits, (prefetched, stall, failure)
+            cost = dataclasses.replace(cost, prefetched=cost.prefetched + count)
+        return state, draft, out.logits, cost
 
 
 def verify(
@@ -276,7 +275,7 @@ def cycle(
     greedy: bool,
     top: int = 0,
     record: bool = False,
-) -> tuple[Speculating, Packed, StepTrace | None]:
+) -> tuple[Speculating, Packed, tuple[StepTrace, StepTrace | None] | None]:
     """Draft `gamma` tokens, verify them, and take at least one for each of the `active` [B].
 
     Greedy tokens are those of plain decoding, bit for bit where a pass over several tokens equals
@@ -288,21 +287,21 @@ def cycle(
         width: tokens of a sequence that are verified at once, padding included.
         greedy: no sequence samples.
         top: log-probabilities to report beside each token's.
-        record: return the trace of the verification, with router scores.
+        record: return the traces of the verification and of a self-draft, with router scores.
 
     Returns:
-        The run, a packed `Made`, and the trace or None.
+        The run, a packed `Made`, and the two traces (the second [G, ...], or None) or None.
     """
     before, pending = run.state.length, run.pending
     limit = jnp.where(active, limit, 0)
-    options = {"width": width, "greedy": greedy}
+    options = {"width": width, "greedy": greedy, "record": record}
     run, drafted = propose(target, helper, run, gamma, limit, sampling, key, **options)
     run, logits, trace = verify(target, run, drafted, active, scores=record)
     fed = jnp.concatenate([pending, drafted.token], axis=1)
     accepted, token = _accepted(
         logits, fed, drafted, run.seen, sampling, key, before, greedy=greedy
     )
-    failure = jnp.maximum(trace.failure.max(), drafted.failure)
+    failure = jnp.maximum(trace.failure.max(), drafted.cost.failure)
     count = jnp.where(active & (failure == 0), accepted + 1, 0)
     memory, speculation = run.state.policy, target.policy.speculation
     about = Cycle(
@@ -328,12 +327,12 @@ def cycle(
         bad=(jax.vmap(nonfinite_rows)(logits) & used).any(axis=1),
         drafted=drafted.count,
         next_length=speculation.length(remembered),
-        prefetched=drafted.prefetched,
-        draft_stall=drafted.stall,
+        prefetched=drafted.cost.prefetched,
+        draft_stall=drafted.cost.stall,
         totals=totals,
         proposed=drafted.token,
     )
-    return run, pack(made), trace if record else None
+    return run, pack(made), (trace, drafted.cost.steps) if record else None
 
 
 def _settled(

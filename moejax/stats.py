@@ -1,9 +1,11 @@
 """What a run cost: counts of a step summed on the device, and of a run on the host."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moejax.live import DriftStats
@@ -41,6 +43,32 @@ def totals_of(trace: StepTrace | None) -> Totals | None:
     names = [name for name in array_fields(Totals) if name != "failure"]
     sums = {name: getattr(trace, name).sum() for name in names}
     return Totals(**sums, failure=trace.failure.max())
+
+
+@pytree
+class DraftCost:
+    """What drafting cost so far, and what its steps did."""
+
+    prefetched: jax.Array  # [] i32, records brought in ahead meanwhile
+    stall: jax.Array  # [] i32, microseconds waited for the link
+    failure: jax.Array  # [] i32, see StepTrace
+    steps: StepTrace | None  # [G, ...] of each, if they are recorded
+
+    @classmethod
+    def none(cls, steps: StepTrace | None = None) -> "DraftCost":
+        """Nothing yet, with room for the traces of `steps`."""
+        zero = jnp.int32(0)
+        return cls(prefetched=zero, stall=zero, failure=zero, steps=steps)
+
+    def add(self, trace: StepTrace, number: jax.Array) -> "DraftCost":
+        """With a step more, the trace of which is kept as that number."""
+        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=number, axis=0)
+        return DraftCost(
+            prefetched=self.prefetched + trace.prefetched.sum(),
+            stall=self.stall + trace.stall.sum(),
+            failure=jnp.maximum(self.failure, trace.failure.max()),
+            steps=self.steps if self.steps is None else jax.tree.map(put, self.steps, trace),
+        )
 
 
 _IN_DECODE = (
@@ -194,10 +222,11 @@ class Stats:
             kept: tokens that count, up to stops.
         """
         self.add(made.totals, prefill=False)
+        rows = int(active.sum())
         self.steps += 1
-        self.row_steps += int(active.sum())
+        self.row_steps += rows
         self.drafted += int(made.drafted.sum())
-        self.accepted += kept - int(active.sum())
+        self.accepted += kept - rows
         self.draft_lengths[gamma] = self.draft_lengths.get(gamma, 0) + 1
         self.prefetched += int(made.prefetched)
         self.draft_prefetched += int(made.prefetched)

@@ -19,6 +19,9 @@ from moejax.cli import main as cli
 from moejax.describe import describe
 from moejax.errors import InputError
 from moejax.hardware import Hardware
+from moejax.kernels import build
+from moejax.layout import RecordLayout
+from moejax.planner.machines import parse_machine
 from moejax.stats import Stats
 
 pytest.importorskip("safetensors")
@@ -26,6 +29,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from experiments import limits, peers_report, random_model  # noqa: E402
 
+needs_native = pytest.mark.skipif(build.library() is None, reason=build.status())
 SLOTS = 12
 SHAPE = {"layers": 2, "width": 64, "experts": 8, "top_k": 2, "expert_width": 32}
 SHAPE |= {"heads": 2, "kv_heads": 1, "head_dim": 32, "vocab": 97}
@@ -180,10 +184,65 @@ def test_the_hardware_record_is_measured_for_the_experts_of_a_model(directory, s
     assert found.store_bytes % found.record_bytes == 0
     rates = (found.link_gb_per_s, found.contended_link_gb_per_s, found.stream_read_gb_per_s)
     assert min(*rates, found.contended_host_us_per_expert, found.cores) > 0
-    assert found.link_latency_us >= 0
+    assert found.link_latency_us >= 0 and found.miss_us >= 0
     for times in (found.host_us_per_expert, found.device_us_per_expert):
         assert tuple(times) == measure.TOKENS and min(times.values()) > 0
     assert Hardware.from_json(found.to_json()) == found
+    assert parse_machine(result.stdout, "it").miss_us == found.miss_us
+
+
+def test_records_of_hardware_from_before_misses_were_timed_are_read(directory, small_reads):
+    whole = json.loads(run("hw", "-m", directory, "-q").stdout)
+    del whole["miss_us"]
+    assert Hardware.from_json(json.dumps(whole)).miss_us == 0.0
+
+
+@needs_native
+@pytest.mark.parametrize("how", ["native", "reference"])
+def test_the_layers_whose_misses_are_timed_miss_all_or_nothing(how):
+    layout = RecordLayout(width=512, expert_width=64, dtype="int8")
+    made = measure.Layers(layout, how)
+    assert made.link.record_bytes < layout.stride  # the wider of its sides is cut
+    landed = []
+    for missing in (False, False, True, True, False):
+        assert made.run(missing) == made.layers * made.tokens
+        landed.append(made.link.stats(reset=True).landed)
+    made.link.close()
+    first = made.layers  # what was not there before
+    assert landed == [first, 0, landed[2], first * made.tokens, first]
+    assert landed[2] == first * (made.tokens - 1)  # its first experts were there
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/task").is_dir(), reason="no /proc of Linux")
+def test_a_validation_gives_each_thread_a_core():
+    program = (
+        "import json, os, pathlib\nimport jax.numpy as jnp\njnp.ones(8).block_until_ready()\n"
+        "from experiments.simulator_validation import spread_threads\nnumber = spread_threads()\n"
+        "tasks = pathlib.Path('/proc/self/task').iterdir()\n"
+        "own = [int(t.name) for t in tasks if 'XLAEigen' in (t / 'comm').read_text()]\n"
+        "where = [sorted(os.sched_getaffinity(thread)) for thread in own]\n"
+        "print(json.dumps([number, where, len(os.sched_getaffinity(0))]))"
+    )
+    root = pathlib.Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    number, where, cores = json.loads(done.stdout)
+    assert number == len(where) >= 1 and all(len(own) == 1 for own in where)
+    assert len({own[0] for own in where}) == min(number, cores)
+
+
+@needs_native
+def test_a_miss_costs_what_layers_with_misses_take_beside(monkeypatch):
+    seconds = {False: 30e-6, True: 50e-6}
+    monkeypatch.setattr(measure, "_median_seconds", lambda call: seconds[call()])
+    monkeypatch.setattr(measure.Layers, "run", lambda self, missing: missing)
+    layout = RecordLayout(width=64, expert_width=32, dtype="bfloat16")
+    assert measure.miss_us(layout, "reference") == pytest.approx(20)
+    seconds[True] = 10e-6  # lost in the noise
+    assert measure.miss_us(layout, "reference") == 0.0
+    monkeypatch.setattr(measure.build, "library", lambda: None)  # no link: nothing to measure
+    seconds.clear()
+    assert measure.miss_us(layout, "reference") == 0.0
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"name": 1}'])

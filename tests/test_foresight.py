@@ -516,64 +516,40 @@ def test_what_must_gain_displaces_nobody_who_is_worth_more(case, seed):
         assert (came > left).all(), (came, left)  # however the two are paired
 
 
-def test_the_second_to_come_must_be_worth_more_than_the_second_to_leave():
-    """By hand: keys 5 and 4 come to residents of keys 1 and 10; one place is theirs, not two."""
-    tables = residency.empty(8, 2)
-    for slot, expert in enumerate((4, 5)):
+# By hand: who owns the slots, keys, who is wanted how much, slots in use, owners afterwards.
+GAINS = {
+    # Keys 5 and 4 come to residents of keys 1 and 10, of a later layer: one place is theirs.
+    "second": ((4, 5), (5, 4, 0, 0, 1, 10, 0, 0), (2, 1, 0, 0), 2, [0, 5]),
+    # The resident of key 1 is wanted and stays; key 3 is worth less than who would really leave.
+    "wanted resident": ((1, 3), (3, 1, 0, 10), (2, 1, 0, 0), 2, [1, 3]),
+    "worth more": ((2,), (3, 0, 2, 0), (1, 0, 0, 0), 1, [0, -1]),
+    "worth as much": ((2,), (2, 0, 2, 0), (1, 0, 0, 0), 1, [2, -1]),
+    "worth less": ((2,), (1, 0, 2, 0), (1, 0, 0, 0), 1, [2, -1]),
+    "worth more, room": ((2,), (3, 0, 2, 0), (1, 0, 0, 0), 2, [2, 0]),
+    "worth as much, room": ((2,), (2, 0, 2, 0), (1, 0, 0, 0), 2, [2, 0]),
+    "worth less, room": ((2,), (1, 0, 2, 0), (1, 0, 0, 0), 2, [2, 0]),
+}
+
+
+@pytest.mark.parametrize("name", GAINS)
+def test_one_must_be_worth_more_than_who_leaves_or_find_an_empty_slot(name):
+    owners, keys, priority, capacity, after = GAINS[name]
+    tables = residency.empty(len(keys), 2)
+    for slot, expert in enumerate(owners):
         tables = residency.place(tables, jnp.int32(slot), jnp.int32(expert))
     case = Case(
-        layers=2,
+        layers=len(keys) // 4,
         experts=4,
         tables=tables,
-        keys=np.float32([5, 4, 0, 0, 1, 10, 0, 0]),
-        kept=np.zeros(8, bool),
-        predicted=np.zeros(8, bool),
-        priority=np.float32([2, 1, 0, 0]),
+        keys=np.float32(keys),
+        kept=np.zeros(len(keys), bool),
+        predicted=np.zeros(len(keys), bool),
+        priority=np.float32(priority),
         layer=0,
-        capacity=2,
+        capacity=capacity,
         last=9,
     )
-    assert brought(case, gains=True)[1].owner.tolist() == [0, 5]
-
-
-def test_a_wanted_resident_is_nobody_who_would_leave():
-    """Keys 1 (wanted, stays) and 10: key 3 is worth less than who would really leave."""
-    tables = residency.empty(4, 2)
-    for slot, expert in enumerate((1, 3)):
-        tables = residency.place(tables, jnp.int32(slot), jnp.int32(expert))
-    case = Case(
-        layers=1,
-        experts=4,
-        tables=tables,
-        keys=np.float32([3, 1, 0, 10]),
-        kept=np.zeros(4, bool),
-        predicted=np.zeros(4, bool),
-        priority=np.float32([2, 1, 0, 0]),
-        layer=0,
-        capacity=2,
-        last=9,
-    )
-    assert brought(case, gains=True)[1].owner.tolist() == [1, 3]
-
-
-@pytest.mark.parametrize("key", [3.0, 2.0, 1.0])
-def test_one_must_be_worth_more_than_who_leaves_or_find_an_empty_slot(key):
-    tables = residency.empty(4, 2)
-    tables = residency.place(tables, jnp.int32(0), jnp.int32(2))
-    case = Case(
-        layers=1,
-        experts=4,
-        tables=tables,
-        keys=np.float32([key, 0, 2, 0]),
-        kept=np.zeros(4, bool),
-        predicted=np.zeros(4, bool),
-        priority=np.float32([1, 0, 0, 0]),
-        layer=0,
-        capacity=1,
-        last=9,
-    )
-    assert brought(case, gains=True)[1].owner[0] == (0 if key > 2 else 2)
-    assert brought(dataclasses.replace(case, capacity=2), gains=True)[1].owner.tolist() == [2, 0]
+    assert brought(case, gains=True)[1].owner.tolist() == after
 
 
 def test_the_queue_gives_levels_their_place_again():

@@ -19,8 +19,8 @@ GROUPS = {
     "data": "errors layout formats quantise units hardware config state packing",
     "decisions": "policies sampling",
     "mechanism": (
-        "supply window experts models detokenize chat text decode live stats generate speculate "
-        "cycles kernels checkpoints"
+        "supply window experts models detokenize chat text decode live stats drawn generate "
+        "speculate cycles kernels checkpoints"
     ),
     "analysis": (
         "traces.trace traces.form traces.file traces.importers traces.statistics "
@@ -31,7 +31,8 @@ GROUPS = {
         "allocator devices measure tiers warm hub orbax_directory runtime loading session "
         "describe doctor terminal bench report distances drafters low_bits "
         "traces.recorder traces.record traces.view traces.perfetto planner.catalogue "
-        "planner.plan planner.verify evaluation reports cli __main__"
+        "planner.layout planner.recommend planner.plan planner.verify "
+        "evaluation reports cli __main__"
     ),
 }
 LEVEL = {name: i for i, names in enumerate(GROUPS.values()) for name in names.split()}

@@ -12,7 +12,7 @@ from trace_samples import distinct, make_trace
 
 from moejax.errors import InputError
 from moejax.traces import perfetto
-from moejax.traces.trace import Outcome
+from moejax.traces.trace import Outcome, Phase
 
 HITS = {Outcome.HIT, Outcome.PREFETCHED, Outcome.SUBSTITUTE}
 
@@ -117,7 +117,7 @@ def test_passes_and_counters():
             for layer in range(3)
         ]
         hits, needed, records = np.sum(count, axis=0)
-        rates.append(100 * hits / needed)
+        rates += [100 * hits / needed] * int(trace.phase[rows[0]] != Phase.DRAFT)
         moved.append(records * 1000)
         assert passes[p]["args"]["rejected"] == (~trace.accepted[rows]).sum()
     np.testing.assert_allclose(counters["hit rate"], rates)

@@ -15,9 +15,11 @@ from moejax.cli.traces import app
 from moejax.errors import InputError, NonFiniteError, PolicyError
 from moejax.kernels import build
 from moejax.policies.policy import policy
+from moejax.simulator import needs
 from moejax.simulator.simulate import Asked, simulate
 from moejax.traces import record
 from moejax.traces.recorder import outcomes
+from moejax.traces.statistics import statistics
 from moejax.traces.trace import Outcome, Phase, Trace
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -27,6 +29,8 @@ from experiments import record_traces  # noqa: E402
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5], [8]]
 NEW = 12
+ENGINE = Asked(semantics="engine")
+LEARNED = {"load_us", "host_us", "host_fixed_us", "host_token_us", "device_us", "rate"}
 needs_native = pytest.mark.skipif(build.library() is None, reason="no native kernels")
 
 
@@ -224,27 +228,98 @@ def test_reads_over_a_link_are_those_of_the_passes(directory):
 
 
 @needs_native
-def test_learned_costs_are_recorded_and_replayed(directory):
-    """What a placement had measured by each pass: the replay splits every layer alike."""
-    link, name = "paced:0.001,50", "balanced:load=1,host=1"
-    runtime = moejax.load(directory, slots=5, context=128, policy=name, link=link)
-    keep = record.Keep(residency=True)
-    trace = record.record(runtime, PROMPTS, max_new_tokens=NEW, keep=keep, batch=2)
+@pytest.mark.parametrize(
+    ("name", "batch", "numbers"),
+    [
+        ("balanced:load=1,host=1", 2, {"load_us", "host_us"}),
+        ("auto:load=1,gamma=2", 1, LEARNED),
+    ],
+)
+def test_what_a_run_learned_is_recorded_and_replayed(directory, tmp_path, name, batch, numbers):
+    """Costs and rates by each pass, through a file: the replay decides in every layer alike."""
+    runtime = moejax.load(directory, slots=5, context=128, policy=name, link="paced:0.001,50")
+    keep = record.Keep(residency=True, full=True)
+    about = {"policy": name}
+    options = {"max_new_tokens": NEW, "keep": keep, "batch": batch, "about": about}
+    record.record(runtime, PROMPTS, **options).save(tmp_path / "t.npz")
+    trace = Trace.load(tmp_path / "t.npz")
     load = trace.counts["load_us"]
     assert load[0, 0] == 1 and load[-1, 0] > 50 and (load == load[:, :1]).all()
-    asked = Asked(semantics="engine")
+    assert {n for n in trace.counts if n.endswith("_us") or n == "rate"} == numbers
+    asked = Asked(semantics="engine", check=True)
     [found] = simulate(trace, [name], [5], asked, keep=True)
-    counts = {n: c for n, c in trace.counts.items() if n not in ("load_us", "host_us")}
+    assert found.label == "exact" and found.total("host") > 0
+    for count in ("needed", "hits", "fetched", "prefetched", "host", "passes", "prefetch_used"):
+        np.testing.assert_array_equal(found.counts[count], trace.counts[count], count)
+    np.testing.assert_array_equal(found.resident, trace.resident)
+    counts = {n: c for n, c in trace.counts.items() if n not in numbers}
     [without] = simulate(dataclasses.replace(trace, counts=counts), [name], [5], asked)
     assert without.label.startswith("open-loop, learns costs")
-    assert without.total("fetched") > found.total("fetched")
-    if trace.counts["overdue"].any():  # the link was late, which no replay can know
-        assert found.label.startswith("open-loop, the host took over")
-    else:
-        assert found.label == "rounded scores"
-        for count in ("hits", "fetched", "host"):
-            np.testing.assert_array_equal(found.counts[count], trace.counts[count], count)
-        np.testing.assert_array_equal(found.resident, trace.resident)
+    assert without.total("host") != found.total("host")
+    if "rate" in numbers:
+        slow = trace.counts | {"rate": np.zeros_like(trace.counts["rate"])}
+        [slow] = simulate(dataclasses.replace(trace, counts=slow), [name], [5], asked, keep=True)
+        assert slow.total("prefetched") == 0 < found.total("prefetched")
+        for other, slots in (("auto:load=1,gamma=2,decay=0.5", 5), (name, 6)):
+            made = dataclasses.replace(policy(other), capacity=np.int32(slots))
+            assert needs.unknown(trace, made, False) == "open-loop, at the pace of another run"
+
+
+@needs_native
+def test_drafts_are_recorded_token_by_token(loaded, tmp_path):
+    """A self-draft runs those of its gate's best that are resident, before each verification."""
+    runtime = loaded("self-draft:gamma=3")
+    options = {"max_new_tokens": 16, "batch": 2, "seed": 2, "sampling": {"temperature": 0.3}}
+    keep = record.Keep(residency=True, full=True, drafts=True)
+    record.record(runtime, PROMPTS, **options, keep=keep).save(tmp_path / "t.npz")
+    trace = Trace.load(tmp_path / "t.npz")
+    phases = trace.pass_phases()
+    check_counts(trace.of_passes(phases != Phase.DRAFT))
+    kept, lost = 0, 0
+    for p in np.flatnonzero(phases == Phase.DRAFT):
+        window = next(v for v in range(p, trace.passes) if phases[v] == Phase.VERIFY)
+        rows = trace.rows_of(window)
+        fed = {
+            (trace.sequence[r], trace.position[r]): (trace.token[r], trace.accepted[r], r)
+            for r in range(rows.start, rows.stop)
+        }
+        place = p - max(v for v in range(p) if phases[v] != Phase.DRAFT) - 1
+        for r in range(trace.rows_of(p).start, trace.rows_of(p).stop):
+            *own, verified = fed[trace.sequence[r], trace.position[r]]
+            assert own == [trace.token[r], trace.accepted[r]]
+            # The first layer has yet lost nothing of what the model would have computed.
+            np.testing.assert_allclose(trace.scores[r, 0], trace.scores[verified, 0], atol=1e-5)
+            least = min(at for sequence, at in fed if sequence == trace.sequence[r])
+            assert trace.position[r] == least + place
+            kept, lost = kept + own[1], lost + (not own[1])
+            for layer in range(trace.layers):
+                best = np.argsort(-trace.scores[r, layer], kind="stable")[:2]
+                there = {*best[trace.resident[p, layer][best]].tolist()}
+                assert {*trace.picks[r, layer].tolist()} - {-1} == there
+    verified = np.flatnonzero(phases == Phase.VERIFY)
+    windows = trace.of_passes(phases == Phase.VERIFY)
+    # All but the last draft of a sequence's window are drafted upon.
+    sizes = sum(len(np.unique(windows.sequence[windows.rows_of(p)])) for p in range(len(verified)))
+    assert kept + lost == windows.rows - sizes and kept > sizes and lost > 0
+
+    plain = record.record(runtime, PROMPTS, **options, keep=dataclasses.replace(keep, drafts=False))
+    own = trace.of_passes(phases != Phase.DRAFT)
+    for name in ("sequence", "position", "run", "token", "accepted", "picks", "scores", "resident"):
+        np.testing.assert_array_equal(getattr(own, name), getattr(plain, name), name)
+    for asked, policies in ((Asked(), ["lru", "belady"]), (ENGINE, ["self-draft:gamma=3"])):
+        for one, other in zip(
+            *(simulate(t, policies, [6], asked) for t in (trace, plain)), strict=True
+        ):
+            assert one.as_dict() == other.as_dict()
+    found, without = statistics(trace), statistics(plain)
+    assert without.drafts is None and found.drafts.rows == kept + lost
+    assert dataclasses.replace(found, drafts=None) == without
+
+
+def test_drafts_of_another_kind_are_refused(loaded):
+    for name in ("lru", "lookup"):
+        with pytest.raises(PolicyError, match="only drafts that the model itself makes"):
+            record.record(loaded(name), [[1, 2]], keep=record.Keep(drafts=True))
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -308,6 +383,7 @@ def test_the_command_writes_what_it_recorded(directory, tmp_path):
         ["--dataset", str(tmp_path / "none.txt")],
         ["--dataset", str(tmp_path / "set.csv")],
         ["--limit", "3"],
+        ["text", "--drafts", "--policy", "lookup"],
     ):
         done = CliRunner().invoke(app, ["record", str(tmp_path / "no.npz"), *wrong, *base])
         assert done.exit_code == 2 and not (tmp_path / "no.npz").exists()

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,14 @@ from moejax.cli import simulate as simulate_commands
 from moejax.errors import BudgetError, InputError, PolicyError
 from moejax.planner.machines import machine
 from moejax.policies import residency as tables
+from moejax.policies.eviction import LRU
+from moejax.policies.placement import HostAll
 from moejax.policies.policy import policy
+from moejax.policies.routing import Routing
 from moejax.simulator import accesses, bounds, replay, stack_distance, tape, timeline
 from moejax.simulator.bookkeeping import Tables
 from moejax.simulator.simulate import Asked, per_step, simulate, unavoidable
-from moejax.simulator.tape import tape_of
+from moejax.simulator.tape import tapes_of
 from moejax.state import ExpertStore, Residency, pytree
 from moejax.supply import Shelf
 from moejax.traces.trace import Phase, Trace
@@ -69,6 +73,23 @@ def test_published_replays_that_shield_the_layer():
     for kind, rates in SHIELDED.items():
         found = simulate(trace, [kind], [c * trace.layers for c in (8, 16, 32)], asked)
         np.testing.assert_allclose([f.hit_rate for f in found], rates, atol=0.005, err_msg=kind)
+
+
+@pytree
+class NoStandIn:
+    """A lossy router."""
+
+    exact = False
+    low_bit = False
+
+    def init(self, layers, experts):
+        return None
+
+
+def exact_of(seen, top_k):
+    ids = jnp.zeros((1, top_k), jnp.int32)
+    none = jnp.zeros(1, jnp.float32)
+    return Routing(expert=ids, weight=jnp.zeros((1, top_k)), exact=ids, replaced_mass=none)
 
 
 def random_trace(seed=0, layers=3, experts=8, top_k=2, tokens=60, prompt=6, scores=False):
@@ -202,13 +223,13 @@ def test_slots_are_given_as_the_engine_gives_them(data):
 @pytest.mark.parametrize("name", ["class-lru:period=5", "score-window:window=3"])
 def test_layers_replayed_one_by_one_are_the_whole(name):
     trace = random_trace(scores=True)
-    tape, setting = tape_of(trace), replay.Setting(experts=trace.experts)
+    tapes, setting = tapes_of(trace), replay.Setting(experts=trace.experts)
     slots = [3 * trace.layers, 5 * trace.layers]
     own = [dataclasses.replace(policy(name), capacity=jnp.int32(n)) for n in slots]
     assert replay.separable(own[0])
-    fast = replay.run(tape, own, max(slots), setting, per_layer=True)
+    fast = replay.run(tapes, own, max(slots), setting, per_layer=True)
     empty = np.full(max(slots), -1, np.int32)
-    slow = replay.run(tape, own, max(slots), setting, per_layer=True, start=empty)
+    slow = replay.run(tapes, own, max(slots), setting, per_layer=True, start=empty)
     for key, values in fast.items():
         np.testing.assert_array_equal(values, slow[key], key)
     assert fast["evicted"].sum() > 0 and (fast["hits"][0] != fast["hits"][1]).any()
@@ -260,7 +281,7 @@ BAD = {
         [9],
         ENGINE,
         PolicyError,
-        "one key per expert",
+        "a number for each expert",
     ),
 }
 
@@ -288,6 +309,54 @@ def test_broken_tables_are_found(monkeypatch):
         simulate(trace, ["lru"], [11], Asked(semantics="engine", check=True))
 
 
+WRONG = {
+    "no such method": (LRU, "evictor", "init", None, "init cannot be run: TypeError"),
+    "memory of a kind": (LRU, "evictor", "observe", lambda s, m, a: 1, "changes the form"),
+    "raising": (LRU, "evictor", "keys", lambda s, m, at: 1 // 0, "keys cannot be run: ZeroDiv"),
+    "bools": (LRU, "evictor", "keys", lambda s, m, at: jnp.zeros(24, bool), "not bool [24]"),
+    "few keys": (LRU, "evictor", "keys", lambda s, m, at: jnp.zeros(3), "not float32 [3]"),
+    "a list": (LRU, "evictor", "keys", lambda s, m, at: [jnp.zeros(())] * 24, "not list"),
+    "NumPy": (LRU, "evictor", "keys", lambda s, m, at: np.arange(24), "give one of JAX"),
+    "branching": (
+        HostAll,
+        "placement",
+        "fetch",
+        lambda s, d: 1 if d.missing.any() else 0,
+        "Tracer",
+    ),
+    "floats": (HostAll, "placement", "fetch", lambda s, d: d.score, "fetch must give a bool for"),
+    "few ids": (NoStandIn, "router", "route", lambda s, m, seen: (exact_of(seen, 1), m), "[1, 1]"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_parts_that_break_their_word_are_told_so(name):
+    kind, field, method, wrong, said = WRONG[name]
+    odd = pytree(type("Odd", (kind,), {method: wrong, "__annotations__": {}}))
+    made = dataclasses.replace(policy("lru"), must_be_exact=False, **{field: odd()})
+    with pytest.raises(PolicyError, match=re.escape(said)):
+        simulate(random_trace(scores=True), [made], [12], ENGINE)
+    with pytest.raises(PolicyError):
+        simulate(random_trace(scores=True), [made], [12])
+
+
+def test_budgets_policies_and_owners_that_cannot_be():
+    trace = random_trace()
+    for slots in ([], [2.5], ["a"], [True], [0]):
+        with pytest.raises((InputError, BudgetError)):
+            simulate(trace, ["lru"], slots)
+    for made in (3, None, object()):
+        with pytest.raises(PolicyError, match="is no policy"):
+            simulate(trace, [made], [9])
+    for start in (np.arange(5), np.full(12, 99), np.full(12, 3), np.full(12, -7), "x"):
+        with pytest.raises(InputError):
+            simulate(trace, ["lru"], [12], ENGINE, start=start)
+    # More slots than experts are as many as those: tables are not made for the others.
+    for policies, asked in ((["lfu"], Asked()), (["lru"], ENGINE)):
+        most, all_in = simulate(trace, policies, [10**12, 24], asked)
+        assert most.slots == 10**12 and most.total("hits") == all_in.total("hits")
+
+
 def test_decode_that_made_nothing_is_refused():
     trace = random_trace()
     decode = trace.phase == Phase.DECODE
@@ -301,11 +370,68 @@ def test_decode_that_made_nothing_is_refused():
 def test_memory_is_refused_before_it_is_taken(monkeypatch):
     """Scores that no part of the policy reads take none."""
     trace = random_trace(scores=True)
-    monkeypatch.setattr(tape, "MOST_BYTES", 60 * 3 * 8 * 4)
-    assert tape_of(trace, scores=False).steps.scores is None
+    monkeypatch.setattr(tape, "MOST_BYTES", 6 * 3 * 8 * 4)
+    [whole] = tapes_of(trace, scores=False)
+    assert whole.steps.scores is None
     simulate(trace, ["lru"], [9], ENGINE)
     with pytest.raises(InputError, match="leave the prompts out"):
         simulate(trace, ["score-window:window=3"], [9], ENGINE)
+
+
+@pytree
+class OwnCosts:
+    """A placement that learns a cost under a name of its own."""
+
+    uses_host = True
+
+    ratio: jax.Array
+
+    def fetch(self, demand):
+        return demand.missing & (self.ratio > 1)
+
+    def with_costs(self, load, host):
+        return dataclasses.replace(self, ratio=jnp.float32(host / load))
+
+
+def test_costs_that_a_placement_has_no_place_for_are_left_out():
+    trace = random_trace()
+    counts = {n: np.full((trace.passes, 3), 7, np.float32) for n in ("load_us", "host_us", "rate")}
+    trace = dataclasses.replace(trace, counts=counts, about={"link": "paced:1,1"})
+    placement = OwnCosts(ratio=jnp.float32(2))
+    made = dataclasses.replace(policy("lru"), placement=placement, capacity=jnp.int32(9))
+    setting = replay.Setting(experts=trace.experts)
+    plain, told = (replay.run(tapes_of(trace, learned=n), [made], 9, setting) for n in ((), counts))
+    assert plain["fetched"].any() and not plain["host"].any()
+    for name, count in plain.items():
+        np.testing.assert_array_equal(count, told[name], name)
+    [found] = simulate(trace, [made], [9], ENGINE)
+    assert found.label == "open-loop, learns costs that were not recorded"
+
+
+@pytest.mark.parametrize(("policies", "per_layer"), [(1, False), (2, False), (2, True)])
+def test_several_tapes_are_one_after_the_other(monkeypatch, policies, per_layer):
+    """All of one shape, of which no more than the bytes asked for; the counts are those of one."""
+    trace = random_trace(scores=True)
+    run = np.cumsum(np.arange(trace.rows) % 3 == 0, dtype=np.int32) - 1
+    phase = np.array([0, 2, 1, 3, 0])[run % 5].astype(np.uint8)
+    trace = dataclasses.replace(trace, run=run, phase=phase).check()
+    own = [
+        dataclasses.replace(policy("score-window:window=3"), capacity=jnp.int32(n))
+        for n in (15, 12)[:policies]
+    ]
+    setting = replay.Setting(experts=trace.experts, keep=not per_layer)
+    tapes = tapes_of(trace)
+    assert len([*tapes]) == 1
+    whole = replay.run(tapes, own, 15, setting, per_layer=per_layer)
+    monkeypatch.setattr(tape, "TAPE_BYTES", 2000)
+    forms = [jax.tree.map(lambda x: x.shape, one) for one in tapes]
+    assert len(forms) > 3 and all(form == forms[0] for form in forms)
+    held = sum(x.nbytes for one in tapes for x in (one.steps.scores, one.prompts.scores))
+    assert held / len(forms) < 2000
+    parts = replay.run(tapes, own, 15, setting, per_layer=per_layer)
+    assert whole.keys() == parts.keys() and whole["evicted"].any()
+    for name, counts in whole.items():
+        np.testing.assert_array_equal(counts, parts[name], name)
 
 
 def test_the_time_of_a_step_is_of_all_that_it_runs():
@@ -357,12 +483,22 @@ def test_times_by_hand():
     assert float(found.busy[0]) == 200 and float(found.link[0]) == 200
     # Of six, those that came first run while the others move.
     assert timed(needed=[6], hits=[0], fetched=[6])[0] == 10 + 600 + 2 * 2 + 5
+    # What a miss costs comes once for those that come together, after the wait; not without any.
+    dear = dataclasses.replace(RATES, miss_us=7.0)
+    assert timed(dear, needed=[2], hits=[2], fetched=[0])[0] == 10 + 2 * 2 + 5
+    total, found = timed(dear, needed=[3], hits=[1], fetched=[2])
+    assert total == 10 + 2 * 100 + 7 + 2 * 2 + 5 and float(found.link[0]) == 2 * 100 - 2
+    assert timed(dear, needed=[6], hits=[0], fetched=[6])[0] == 10 + 600 + 7 + 2 * 2 + 5
+    # An idle link takes a while to begin, and moves records one after another from then on.
+    idle = dataclasses.replace(RATES, latency_us=30.0)
+    assert timed(idle, needed=[2], hits=[0], fetched=[2])[0] == 10 + 30 + 2 * 100 + 2 * 2 + 5
     # A prefetch moves while the layer between computes; a record too late is waited for.
     slow = dataclasses.replace(RATES, layer_us=300.0)
     counts = {"needed": [1, 1], "hits": [1, 1], "fetched": [0, 0]}
     ahead = {"prefetched": [1, 0], "prefetch_used": [0, 1]}
     assert timed(slow, **counts, **ahead)[0] == timed(slow, **counts)[0]
     assert timed(**counts, **ahead)[0] == timed(**counts)[0] + 100 - 2 - 10
+    assert timed(dear, **counts, **ahead)[0] == timed(**counts, **ahead)[0] + 7
     # On one processor what the host computes takes the device's time; on two it does not.
     host = {"needed": [4], "hits": [1], "fetched": [0], "host": [3]}
     both = dataclasses.replace(RATES, host_us=50.0)
@@ -370,6 +506,10 @@ def test_times_by_hand():
     apart = dataclasses.replace(both, one_processor=False)
     assert timed(apart, **host)[0] == 10 + 150 + 5
     assert RATES.with_resident(1000.0, 4, 2).layer_us == (1000 - 5 - 16) / 4
+    measured = dataclasses.replace(machine("laptop"), miss_us=7.0)
+    for disk, latency in ((False, 0.0), (True, measured.disk_latency_us)):
+        rates = timeline.rates_of(measured, 1_000_000, disk=disk)
+        assert (rates.miss_us, rates.latency_us) == (7.0, latency)
     with pytest.raises(InputError, match="less than its experts take"):
         RATES.with_resident(10.0, 4, 2)
 

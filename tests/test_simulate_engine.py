@@ -11,9 +11,9 @@ from moejax import decode
 from moejax.policies.foresight import Promote
 from moejax.policies.policy import policy
 from moejax.policies.prediction import Everything, NoPrediction, PreviousToken
-from moejax.simulator import replay
+from moejax.simulator import needs, replay
 from moejax.simulator.simulate import Asked, simulate
-from moejax.traces.recorder import Recorder
+from moejax.traces.recorder import Keep, Recorder
 from moejax.traces.trace import Phase, Trace
 
 LAYERS, EXPERTS, WIDTH = 3, 8, 6
@@ -34,8 +34,8 @@ def real(model, made, slots, *, per_layer=False, batch=1, steps=14) -> Trace:
     made = dataclasses.replace(made, capacity=jnp.int32(slots))
     sizes = {"slots": slots, "batch": batch, "context": 64, "per_layer": per_layer}
     state = decode.init_state(model.model, made, model.store, **sizes)
-    keep = {"scores": None, "exact": not made.exact, "residency": True}
-    recorder, scores = Recorder(experts=EXPERTS, **keep), []
+    keep = Keep(residency=True, full=True)
+    recorder = Recorder(experts=EXPERTS, keep=keep, exact=not made.exact)
     fixed = (model.model, made, model.params, model.store)
     for sequence in (0, batch):
         length = np.zeros(batch, np.int64)
@@ -46,12 +46,9 @@ def real(model, made, slots, *, per_layer=False, batch=1, steps=14) -> Trace:
             state, out = decode.decode_step(*fixed, state, tokens, scores=True, prefill=False)
             phase = Phase.DECODE if i else Phase.PREFILL if made.exact else Phase.VERIFY
             recorder.add(phase, tokens, length, sequence, out.trace, (0.0, 1.0))
-            rows = np.flatnonzero(tokens.reshape(-1) >= 0)
-            scores.append(np.asarray(out.trace.scores).swapaxes(0, 1)[rows])
             length = length + width
     about = {"source": "moejax", "record_bytes": 10, "router": {"normalize": True}}
-    trace = recorder.finished("small", about)
-    return dataclasses.replace(trace, scores=np.concatenate(scores))
+    return recorder.finished("small", about)
 
 
 def agrees(trace, found):
@@ -120,25 +117,30 @@ def test_live_costs_are_those_of_the_run(balanced):
 def test_what_a_trace_does_not_hold_is_not_called_exact(model, balanced):
     """Costs and rates learned over a link, and scores as files hold them."""
     made, per_layer, _ = EXACT["balanced"]
-    asked = dataclasses.replace(CHECKED, per_layer=per_layer)
 
     def label(trace, made):
-        return simulate(trace, [made], [9], asked)[0].label
+        own = dataclasses.replace(made, capacity=jnp.int32(9))
+        return needs.unknown(trace, own, per_layer) or "exact"
 
     linked = dataclasses.replace(balanced, about=balanced.about | {"link": "paced:20,1"})
+    [found] = simulate(linked, [made], [9], dataclasses.replace(CHECKED, per_layer=per_layer))
+    assert found.label == label(linked, made)
     assert label(linked, made).startswith("open-loop, learns costs")
     assert label(linked, policy("lru")) == "exact"
     ones = np.ones((balanced.passes, balanced.layers), "f4")
     counts = linked.counts | {"load_us": ones, "host_us": ones}
     told = dataclasses.replace(linked, counts=counts)
-    late = {"overdue": np.ones((balanced.passes, balanced.layers), np.int32)}
     assert label(told, policy("score-window:window=4")) == "exact"
     priced = mixed("lru", placement=policy("auto").placement)
     assert label(told, priced).startswith("open-loop, learns costs")
-    late = dataclasses.replace(told, counts=told.counts | late)
-    assert label(late, made).startswith("open-loop, the host took over")
-    promoting = mixed("lru", foresight=Promote())
-    assert label(linked, promoting).startswith("open-loop, learns its link's rate")
+    assert label(told, made) == "exact"
+    assert label(linked, mixed("lru", foresight=Promote())) == "exact"  # learns nothing
+    promoting = dataclasses.replace(made, foresight=Promote())
+    assert label(told, promoting).startswith("open-loop, learns costs")
+    rated = dataclasses.replace(told, counts=told.counts | {"rate": ones})
+    assert label(rated, promoting) == "exact"
+    other = dataclasses.replace(rated, about=rated.about | {"capacity": 10})
+    assert label(other, promoting) == "open-loop, at the pace of another run"
     rounded = dataclasses.replace(balanced, scores=balanced.scores.astype(np.float16))
     assert label(rounded, policy("score-window:window=4")) == "rounded scores"
     assert label(rounded, policy("lru")) == "exact"

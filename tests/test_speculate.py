@@ -193,7 +193,7 @@ def test_a_draft_moves_nothing_and_teaches_the_evictor_nothing():
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(now), strict=True):
         assert np.array_equal(old, new)
     assert np.array_equal(after.state.length, run.state.length)
-    assert drafted.count.tolist() == [3, 3] and int(drafted.prefetched) == 0
+    assert drafted.count.tolist() == [3, 3] and int(drafted.cost.prefetched) == 0
 
 
 @needs_native

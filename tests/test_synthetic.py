@@ -260,6 +260,22 @@ def test_the_command_writes_what_it_says(tmp_path):
     assert "overlap_1" in table.stdout and "synthetic: " in table.stdout
 
 
+def test_a_statistic_that_short_traces_do_not_have_is_left_out(tmp_path):
+    """Tokens 8 apart, but fewer of them than that: what is made of as many has none."""
+    trace = generate(process(layers=1), 6)
+    position = np.array([0, 1, 2, 3, 8, 9], np.int32)
+    dataclasses.replace(trace, position=position).save(tmp_path / "a.npz")
+    done = run(tmp_path / "b.npz", "--like", tmp_path / "a.npz", "--tokens", 30, "--json")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)["fit"]
+    assert "overlap_8" in found["measured"] and found["measured"].keys() == found["errors"].keys()
+    for name in ("reproduced", "spread", "errors"):
+        assert found[name]["overlap_8"] is None and found[name]["overlap_1"] is not None
+    table = run(tmp_path / "c.npz", "--like", tmp_path / "a.npz", "--tokens", 30)
+    [line] = [line for line in table.stdout.splitlines() if "overlap_8" in line]
+    assert line.split()[2:] == ["-", "-"]
+
+
 def test_the_command_refuses_and_leaves_nothing(tmp_path):
     out = tmp_path / "a.npz"
     for arguments, named in (

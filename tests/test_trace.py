@@ -108,10 +108,16 @@ def saved(tmp_path):
     top_k=st.integers(1, 4),
     more=st.integers(0, 6),
     optional=st.booleans(),
+    kind=st.sampled_from([np.float16, np.float32]),
 )
-def test_a_trace_comes_back_as_it_was(tmp_path_factory, seed, rows, layers, top_k, more, optional):
+def test_a_trace_comes_back_as_it_was(
+    tmp_path_factory, seed, rows, layers, top_k, more, optional, kind
+):
     sizes = {"rows": rows, "layers": layers, "top_k": top_k, "experts": top_k + more}
-    trace = made(seed, **sizes, optional=optional).check()
+    trace = made(seed, **sizes, optional=optional)
+    if optional:
+        scores = {name: getattr(trace, name).astype(kind) for name in ("scores", "top_scores")}
+        trace = dataclasses.replace(trace, **scores).check()
     folder = tmp_path_factory.mktemp("round", numbered=True)
     trace.save(folder / "a")
     back = Trace.load(folder / "a")
@@ -260,6 +266,8 @@ def test_a_hostile_file_costs_no_memory(saved):
         ({"router": {"normalize": True, "colour": 1}}, "must have normalize"),
         ({"router": {"normalize": 1}}, "normalize 1 .* not a bool"),
         ({"router": {"normalize": True, "num_groups": 0}}, "num_groups 0 .* not a int"),
+        ({"router": {"normalize": True, "num_groups": 2}}, "1 of 2 groups of its 5 experts"),
+        ({"router": {"normalize": True, "num_groups": 5, "top_groups": 6}}, "6 of 5 groups"),
         ({"source": ["moejax"]}, "source of a trace must be text"),
     ],
 )
@@ -687,6 +695,73 @@ def test_statistics_are_those_of_plain_loops(seed, holes, phase):
     np.testing.assert_allclose(found.score_step, np.nanmean(ratios), rtol=1e-4)
 
 
+def drafted(seed, experts=7, layers=2, top_k=3) -> Trace:
+    """Cycles of two sequences: up to 3 drafts, as passes, and their verification; one is plain."""
+    rng, rows, length, run = np.random.default_rng(seed), [], [4, 9], 0
+    for gammas in rng.integers(0, 4, (6, 2)):
+        for i in range(max(gammas) + 1):
+            if any(i < gamma for gamma in gammas):
+                rows += [
+                    (s, length[s] + i, run, Phase.DRAFT, i < 2) for s in (0, 1) if i < gammas[s]
+                ]
+                run += 1
+        for s in (0, 1):
+            rows += [(s, length[s] + i, run, Phase.VERIFY, i < 2) for i in range(gammas[s] + 1)]
+            length[s] += min(gammas[s] + 1, 2)
+        run += 1
+        rows.append((0, length[0], run, Phase.DECODE, True))
+        length[0], run = length[0] + 1, run + 1
+    names, types = ("sequence", "position", "run", "phase", "accepted"), [np.int32] * 3
+    kinds = zip(names, [*types, np.uint8, bool], strict=True)
+    columns = {n: np.array([row[i] for row in rows], k) for i, (n, k) in enumerate(kinds)}
+    scores = rng.random((len(rows), layers, experts)).astype(np.float16)
+    picks = rng.random(scores.shape).argsort(-1)[..., :top_k].astype(np.int16)
+    picks[(columns["phase"] == Phase.DRAFT)[:, None, None] & (rng.random(picks.shape) < 0.4)] = -1
+    token = np.full(len(rows), -1, np.int32)
+    columns |= {"picks": picks, "scores": scores, "token": token}
+    return Trace(model="drafted", experts=experts, **columns).check()
+
+
+@given(seed=st.integers(0, 10**6), most=st.sampled_from([None, 2, 5]))
+def test_drafts_are_set_against_their_verification(seed, most):
+    trace = drafted(seed)
+    best = np.argsort(-trace.scores.astype(np.float32), axis=2, kind="stable")
+    if most:
+        ids = best[..., :most].astype(np.int16)
+        top = np.take_along_axis(trace.scores, ids.astype(int), axis=2)
+        trace = dataclasses.replace(trace, scores=None, top_ids=ids, top_scores=top).check()
+    found, gate, places, kept = [], [], [], []
+    for n in np.flatnonzero(trace.phase == Phase.DRAFT):
+        end = min(np.flatnonzero((trace.phase == Phase.VERIFY) & (trace.run > trace.run[n])))
+        window = np.flatnonzero(trace.run == trace.run[end])
+        own = [v for v in window if trace.sequence[v] == trace.sequence[n]]
+        [v] = [v for v in own if trace.position[v] == trace.position[n]]
+        places.append(int(trace.position[n] - trace.position[own[0]]))
+        kept.append(trace.accepted[n])
+        for shares, given_ in ((found, trace.picks[n]), (gate, best[n, :, :3])):
+            both = [np.isin(trace.picks[v, x], given_[x]).mean() for x in range(trace.layers)]
+            shares.append(both)
+    stats = trace_stats.statistics(trace, "all").drafts
+    if not found:
+        assert stats is None
+        return
+    assert (stats.rows, stats.kept) == (len(found), pytest.approx(np.mean(kept)))
+    np.testing.assert_allclose(stats.found_by_layer, np.mean(found, axis=0))
+    for place, share in stats.found_by_place.items():
+        rows = [s for s, p in zip(found, places, strict=True) if p == place]
+        assert share == pytest.approx(np.mean(rows))
+    assert sorted(stats.found_by_place) == sorted(set(places))
+    if most == 2:  # fewer scores than picks
+        assert stats.gate is stats.gate_by_layer is None
+    else:
+        np.testing.assert_allclose(stats.gate_by_layer, np.mean(gate, axis=0))
+        assert stats.gate == pytest.approx(np.mean(gate))
+    plain = trace.of_passes(trace.pass_phases() != Phase.DRAFT)
+    whole = trace_stats.statistics(trace, "all")
+    assert dataclasses.replace(whole, drafts=None) == trace_stats.statistics(plain, "all")
+    assert trace_stats.statistics(trace, "draft").rows == sum(kept)
+
+
 # --- commands
 
 
@@ -700,6 +775,10 @@ def test_the_commands_print_what_a_trace_holds(saved, tmp_path):
         assert done.exit_code == 0 and "2 layers of 5, top-2" in done.output
     done = run.invoke(app, ["stats", str(saved), "--phase", "all", "--json"])
     assert json.loads(done.output)["rows"] == int(Trace.load(saved).accepted.sum())
+    drafted(3).save(tmp_path / "drafted")
+    done = run.invoke(app, ["stats", str(tmp_path / "drafted")])
+    assert "drafted upon" in done.output and "in its gate's best" in done.output
+    assert "drafted upon" not in run.invoke(app, ["stats", str(saved)]).output
     for arguments in (["stats", saved, "--phase", "x"], ["info", tmp_path], ["stats", tmp_path]):
         assert run.invoke(app, [*map(str, arguments)]).exit_code == 2
 

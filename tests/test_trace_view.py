@@ -219,13 +219,16 @@ def legend(trace, columns):
 
 
 def curves(trace, columns, window):
-    """Hit rate and bytes per column, over the window before each."""
+    """Hit rate and bytes per column, over the window before each; drafts beside others are out."""
+    drafted = [trace.phase[rows[0]] == Phase.DRAFT for rows in columns]
     sums = [
         [
             sum(distinct(trace, rows, layer, kinds) for layer in range(trace.layers))
             for kinds in (HITS, KNOWN, MOVED)
         ]
-        for rows in columns
+        if all(drafted) or not draft
+        else [0, 0, 0]
+        for rows, draft in zip(columns, drafted, strict=True)
     ]
     rates, moved = [], []
     for last in range(len(columns)):
@@ -367,6 +370,7 @@ def test_colours(browser, tmp_path):
     outcome[:, 1, 1] = outcome[:, 0, 1]
     fixed = np.broadcast_to(np.arange(2, dtype=np.int16), outcome.shape)
     trace = make_trace(rows, layers=2)
+    trace = dataclasses.replace(trace, phase=np.full(trace.rows, Phase.DECODE, np.uint8))
     first = np.searchsorted(trace.run, np.arange(rows))
     columns = {n: c[first] for n, c in trace.columns().items() if len(c) == trace.rows}
     columns |= {"outcome": outcome, "picks": fixed.copy(), "exact": None}
@@ -390,10 +394,28 @@ def test_colours(browser, tmp_path):
     assert page.quiet()
 
 
+def test_drafts_are_apart(browser, tmp_path):
+    """Paler than the same experts of a verification, and told; alone they are as all others."""
+    trace = make_trace(8, layers=2)
+    phase = np.where(trace.run % 2, Phase.VERIFY, Phase.DRAFT).astype(np.uint8)
+    missed = np.where(trace.picks < 0, 0, Outcome.MISS).astype(np.uint8)
+    trace = dataclasses.replace(trace, phase=phase, outcome=missed, exact=None).check()
+    page = Opened(browser, trace, tmp_path / "t.html")
+    assert page.texts("#apart") == ["paler, and in no rate: drafts"]
+    miss, paper = np.array(page.colour("miss")), 255
+    assert page.pixel(1, 0) == page.colour("miss")
+    np.testing.assert_allclose(page.pixel(0, 0), miss + (paper - miss) * 0.6, atol=2)
+    assert page.state["curves"][0]["values"] == [None, 0] * 4
+    browser.find_element("id", "phase-verify").click()
+    assert page.texts("#apart") == [] and page.pixel(0, 0) == page.colour("miss")
+    assert page.state["curves"][0]["values"] == [0] * 4 and page.quiet()
+
+
 def reused(trace, row, layer, expert, recent):
-    """The name of a use by the passes since the one before it."""
+    """The name of a use by the passes since the one before it that was no draft's."""
     now = trace.run[row]
-    before = trace.run[(trace.picks[:, layer] == expert).any(axis=1) & (trace.run < now)]
+    used = (trace.picks[:, layer] == expert).any(axis=1) & (trace.phase != Phase.DRAFT)
+    before = trace.run[used & (trace.run < now)]
     if not len(before):
         return "first"
     return "recent" if now - before.max() <= recent else "earlier"

@@ -114,11 +114,13 @@ def _print(document: dict[str, Any], found: Any) -> None:
             table(
                 ("statistic", "trace", "synthetic", "+-"),
                 [
-                    (name, f"{value:.3f}", f"{found.reproduced[name]:.3f}", f"{spread:.3f}")
-                    for (name, value), spread in zip(
-                        found.measured.items(), found.spread.values(), strict=True
-                    )
+                    (name, *map(_number, (value, found.reproduced[name], found.spread[name])))
+                    for name, value in found.measured.items()
                 ],
             )
         )
     console.print(f"\n{document['rows']} rows, synthetic: {document['file']}", soft_wrap=True)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -12,7 +12,7 @@ from moejax.errors import InputError
 from moejax.terminal import Terminal, facts_table, table
 from moejax.traces.file import read_header
 from moejax.traces.importers import OPENERS, read
-from moejax.traces.statistics import statistics
+from moejax.traces.statistics import DraftStats, statistics
 from moejax.traces.trace import Outcome, Phase, Trace
 from moejax.units import format_bytes
 
@@ -102,8 +102,11 @@ def record(
         raise InputError("--tokens feeds given tokens, none is drawn: leave sampling options out")
     _check_place(out)
     from moejax.doctor import environment
+    from moejax.policies.policy import policy
     from moejax.traces import record as recording
 
+    kept = recording.Keep(**keep)
+    recording.check_drafts(policy(load["policy"]), kept)
     runtime = commands.load_model(terminal, model, batch=how["batch"], **load)
     about = {"policy": load["policy"], "environment": environment()}
     if how["dataset"] is not None:
@@ -111,7 +114,7 @@ def record(
     options = {
         "batch": how["batch"],
         "name": how["name"] or model,
-        "keep": recording.Keep(**keep),
+        "keep": kept,
         "about": about,
     }
     with terminal.progress("recording") as progress:
@@ -256,6 +259,17 @@ def stats(path: pathlib.Path, phase: str, as_json: bool) -> None:
     names = ("layer", "entropy", "Gini", "overlap of neighbours", "median other experts between")
     console.print()
     console.print(table(names, layers))
+    if found.drafts is not None:
+        console.print()
+        console.print(_drafts_table(found.drafts))
+
+
+def _drafts_table(drafts: DraftStats) -> Any:
+    """By layer, what of a verification's picks its drafts had."""
+    gate = drafts.gate_by_layer or [None] * len(drafts.found_by_layer)
+    pairs = enumerate(zip(drafts.found_by_layer, gate, strict=True))
+    rows = [(n, _number(found, 3), _number(best, 3)) for n, (found, best) in pairs]
+    return table(("layer", "picks of verification in its draft's", "in its gate's best"), rows)
 
 
 def _facts(found: Any) -> list[tuple[str, str]]:
@@ -281,6 +295,12 @@ def _facts(found: Any) -> list[tuple[str, str]]:
         ranks = f"{around[0] + 1} to {around[-1] + 1}"
         rows.append(("mean score", f"{scores} of ranks {ranks}"))
         rows.append(("next after the last pick", f"{_number(found.score_step, 3)} of its score"))
+    if (drafts := found.drafts) is not None:
+        places = ", ".join(f"{s:.3f} at {n}" for n, s in drafts.found_by_place.items())
+        rows.append(("drafted upon", f"{drafts.rows} tokens, {drafts.kept:.1%} of them kept"))
+        rows.append(("picks foretold", f"{drafts.found:.3f} by drafts' picks ({places} drafts)"))
+        if drafts.gate is not None:
+            rows.append(("", f"{drafts.gate:.3f} by the best of their gates"))
     return rows
 
 

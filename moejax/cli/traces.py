@@ -57,6 +57,12 @@ Top = Annotated[
 ]
 Scores = Annotated[bool, typer.Option(help="Keep router scores.")]
 Weights = Annotated[bool, typer.Option(help="Keep the weights of the picks.")]
+Full = Annotated[
+    bool, typer.Option("--full-scores", help="Keep scores in f32, not f16: for exact replays.")
+]
+Drafts = Annotated[
+    bool, typer.Option("--drafts", help="Keep what self-drafts routed to, token by token, too.")
+]
 Kept = Annotated[bool, typer.Option("--residency", help="Keep what was resident in every pass.")]
 Batch = Annotated[int, typer.Option(min=1, help="Texts that run together.")]
 Copy = Annotated[
@@ -77,7 +83,9 @@ def record(
     top: Top = None,
     scores: Scores = True,
     weights: Weights = True,
+    full_scores: Full = False,
     residency: Kept = False,
+    drafts: Drafts = False,
     batch: Batch = 1,
     copy: Copy = False,
     name: Name = None,
@@ -119,6 +127,7 @@ def record(
     given = {"tokens": tokens, "prompt_tokens": prompt_tokens}
     written = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}
     keep = {"scores": top if scores else 0, "weights": weights, "residency": residency}
+    keep |= {"full": full_scores, "drafts": drafts}
     trace_actions.record(Terminal(quiet), out, model, texts, load, how, given, written, keep, json)
 
 
@@ -158,7 +167,7 @@ def info(file: File, json: opt.AsJson = False) -> None:
 def stats(
     file: File,
     phase: Annotated[
-        str, typer.Option(help="'decode' (with verified drafts), 'prefill' or 'all'.")
+        str, typer.Option(help="'decode' (with verified drafts), 'prefill', 'draft' or 'all'.")
     ] = "decode",
     json: opt.AsJson = False,
 ) -> None:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax import decode
+from moejax.drawn import NONFINITE
 from moejax.errors import InputError, NonFiniteError
-from moejax.generate import NONFINITE
 from moejax.models.transformer import Decoder
 from moejax.policies.policy import Policy, policy
 from moejax.sampling import divergence

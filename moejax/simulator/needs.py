@@ -5,12 +5,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from moejax.errors import PolicyError
+from moejax import live
+from moejax.config import RouterRule
+from moejax.errors import InputError, PolicyError
 from moejax.policies.eviction import Access
 from moejax.policies.placement import Demand
 from moejax.policies.policy import Policy
+from moejax.policies.policy import policy as preset
 from moejax.policies.prediction import Ahead, NoCutoff, NoPrediction, View
+from moejax.policies.routing import Scored
+from moejax.traces.trace import Trace
 
 PREFETCHES = ("own", "none", "oracle")
 
@@ -82,7 +88,6 @@ def check(
         scores: whether the trace has any.
         windows: whether it has verified drafts.
     """
-    _check_evictor(policy, name, layers, experts)
     if not scores and (parts := reads_scores(policy, layers, experts)):
         raise PolicyError(
             f"policy {name!r} needs router scores ({', '.join(parts)}), and the trace has picks "
@@ -109,22 +114,114 @@ def check(
         )
 
 
-def _check_evictor(policy: Policy, name: str, layers: int, experts: int) -> None:
-    evictor, kind = policy.evictor, type(policy.evictor).__name__
-    memory = jax.eval_shape(lambda: evictor.init(layers, experts))
+def recorded(trace: Trace, policy: Policy) -> set[str]:
+    """The counts with what the policy learns, if the trace has all of it; lossy ones learn none."""
+    names = live.names_of(policy) or set()
+    return names if policy.exact and names <= set(trace.counts) else set()
+
+
+def unknown(trace: Trace, policy: Policy, per_layer: bool) -> str | None:
+    """Why a replay of an exact policy may differ from its run, in what the trace does not hold."""
+    if trace.about.get("link") and (names := live.names_of(policy)) != set():
+        if names is None or not names <= set(trace.counts):
+            return "open-loop, learns costs that were not recorded"
+        if "rate" in names and not _own_run(trace, policy, per_layer):
+            return "open-loop, at the pace of another run"
+    if not reads_scores(policy, trace.layers, trace.experts):
+        return None
+    if trace.scores is None:
+        return "truncated scores"
+    return "rounded scores" if trace.scores.dtype == np.float16 else None
+
+
+def _own_run(trace: Trace, policy: Policy, per_layer: bool) -> bool:
+    """Whether a trace may be of a run of this policy with as many slots: a step takes as long."""
+    about = trace.about
+    setting = {"capacity": int(policy.capacity), "per_layer": per_layer}
+    if any(about.get(name, own) != own for name, own in setting.items()):
+        return False
+    if about.get("policy") is None:
+        return True
     try:
-        after = jax.eval_shape(evictor.observe, memory, _access(experts))
-        keys = jax.eval_shape(evictor.keys, after, jnp.int32(0))
-    except (TypeError, ValueError, AttributeError) as error:
-        raise PolicyError(f"policy {name!r}: {kind} cannot be run: {error}") from error
+        made = dataclasses.replace(preset(about["policy"]), capacity=policy.capacity)
+    except PolicyError:
+        return False
+    pairs = zip(jax.tree.leaves(made), jax.tree.leaves(policy), strict=False)
+    same = jax.tree.structure(made) == jax.tree.structure(policy)
+    return same and all(np.array_equal(a, b) for a, b in pairs)
+
+
+def check_start(start: np.ndarray, trace: Trace, slots: int) -> None:
+    """Raise InputError for owners that slots cannot have."""
+    there = np.asarray(start)
+    if there.shape != (slots,) or there.dtype.kind != "i":
+        raise InputError(f"the slots begin with i32 [{slots}] owners, -1 = empty")
+    own = there[there >= 0]
+    if not (there >= -1).all() or not (own < trace.layers * trace.experts).all():
+        raise InputError(f"owners of slots are in [-1, {trace.layers * trace.experts})")
+    if len(np.unique(own)) < len(own):
+        raise InputError("an expert has two slots at the start: name each once")
+
+
+def check_parts(policy: Policy, name: str, layers: int, experts: int, top_k: int) -> None:
+    """Raise PolicyError where an evictor, a placement or a router does not give what it has to."""
+    _check_evictor(policy.evictor, name, layers, experts)
+    if policy.placement.uses_host:
+        placement, demand = policy.placement, _demand(jnp.zeros(experts))
+        fetched = _shaped(name, placement, "fetch", lambda: placement.fetch(demand))
+        _check_form(name, placement, "fetch", fetched, (experts,), "b", "a bool for each expert")
+    if not policy.router.exact:
+        router = policy.router
+
+        def route() -> Any:
+            return router.route(router.init(layers, experts), _scored(experts, top_k))[0].expert
+
+        chosen = _shaped(name, router, "route", route)
+        _check_form(name, router, "route", chosen, (1, top_k), "i", "an id for each pick")
+
+
+def _check_evictor(evictor: Any, name: str, layers: int, experts: int) -> None:
+    memory = _shaped(name, evictor, "init", lambda: evictor.init(layers, experts))
+    after = _shaped(
+        name, evictor, "observe", lambda m: evictor.observe(m, _access(experts)), memory
+    )
     forms = [jax.tree.map(lambda x: (x.shape, x.dtype), made) for made in (memory, after)]
     if jax.tree.structure(memory) != jax.tree.structure(after) or forms[0] != forms[1]:
+        kind = type(evictor).__name__
         raise PolicyError(f"policy {name!r}: {kind}.observe changes the form of its memory")
-    if getattr(keys, "shape", None) != (layers * experts,):
+    keys = _shaped(name, evictor, "keys", lambda m: _told(evictor.keys(m, jnp.int32(0))), after)
+    every = (layers * experts,)
+    _check_form(name, evictor, "keys", keys, every, "iuf", "a number for each expert of all layers")
+
+
+def _shaped(name: str, part: Any, method: str, call: Any, *given: Any) -> Any:
+    """What a method of a part gives, as shapes; PolicyError where it cannot be run under jit."""
+    try:
+        return jax.eval_shape(lambda *own: call(*own), *given)
+    except Exception as error:  # whatever another's code may raise
+        why = str(error).strip().split("\n")[0]
         raise PolicyError(
-            f"policy {name!r}: {kind}.keys must be one key per expert of all layers "
-            f"[{layers * experts}], not {getattr(keys, 'shape', keys)}"
-        )
+            f"policy {name!r}: {type(part).__name__}.{method} cannot be run: "
+            f"{type(error).__name__}: {why}"
+        ) from error
+
+
+def _told(keys: Any) -> Any:
+    """The keys, unless they are a NumPy array, which no program can index by what it computes."""
+    if isinstance(keys, np.ndarray):
+        raise TypeError("it gives a NumPy array: give one of JAX")
+    return keys
+
+
+def _check_form(
+    name: str, part: Any, method: str, made: Any, shape: tuple, kinds: str, what: str
+) -> None:
+    there = isinstance(made, jax.ShapeDtypeStruct)
+    if there and made.shape == shape and np.dtype(made.dtype).kind in kinds:
+        return
+    given = f"{made.dtype} {list(made.shape)}" if there else type(made).__name__
+    own = f"{type(part).__name__}.{method}"
+    raise PolicyError(f"policy {name!r}: {own} must give {what} {list(shape)}, not {given}")
 
 
 def _reads(function: Any, value: jax.Array) -> bool:
@@ -148,6 +245,18 @@ def _access(experts: int) -> Access:
 def _demand(score: jax.Array) -> Demand:
     none = jnp.zeros(score.shape, bool)
     return Demand(missing=none, hits=none, tokens=none.astype(jnp.int32), score=score)
+
+
+def _scored(experts: int, top_k: int) -> Scored:
+    return Scored(
+        layer=jnp.int32(0),
+        scores=jnp.full((1, experts), 1 / experts, jnp.float32),
+        resident=jnp.zeros(experts, bool),
+        valid=jnp.ones(1, bool),
+        rule=RouterRule(normalize=True),
+        top_k=top_k,
+        prefill=False,
+    )
 
 
 def _view(experts: int) -> View:

@@ -9,7 +9,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ import numpy as np
 from moejax import experts
 from moejax.config import RouterRule
 from moejax.errors import PolicyError
+from moejax.live import with_learned
 from moejax.policies import evictors
 from moejax.policies import residency as tables
 from moejax.policies.eviction import LRU
@@ -26,7 +27,7 @@ from moejax.policies.policy import Policy
 from moejax.policies.prediction import Ahead
 from moejax.policies.routing import Routing, Scored, eligible_scores
 from moejax.simulator.bookkeeping import Tables
-from moejax.simulator.tape import Rows, Tape
+from moejax.simulator.tape import Rows, Tape, Tapes
 from moejax.state import ExpertCache, ExpertStore, Residency
 
 COUNTS = (
@@ -68,13 +69,14 @@ def separable(policy: Policy) -> bool:
 
 
 def run(
-    tape: Tape,
+    tapes: Tapes,
     policies: Sequence[Policy],
     slots: int,
     setting: Setting,
     *,
     per_layer: bool = False,
     start: np.ndarray | None = None,
+    only: Collection[str] | None = None,
 ) -> dict[str, np.ndarray]:
     """Counts [C, T, L] of C policies of one structure, by name; see COUNTS and MORE.
 
@@ -82,25 +84,24 @@ def run(
         slots: S of the tables; each policy uses the first `capacity` of them.
         per_layer: whether slots are divided among the layers: slot s is of layer s % L.
         start: [S] i32 owners when it begins, -1 = empty; default all.
+        only: the counts to return; default all.
 
     Raises:
         PolicyError: policies that differ in more than their numbers.
     """
-    layers = tape.steps.picks.shape[1]
+    layers = tapes.trace.layers
     stacked = _stacked(policies)
     even = not (np.asarray(stacked.capacity) % layers).any()
     if per_layer and even and start is None and not setting.keep and separable(policies[0]):
         alone = dataclasses.replace(stacked, capacity=stacked.capacity // layers)
         wide = dataclasses.replace(setting, wide=True)
-        found = _in_batches(_by_layer, alone, tape, -(-slots // layers), wide)
+        empty = tables.empty(setting.experts, -(-slots // layers))
+        found = _in_batches(_by_layer, alone, empty, tapes, wide, only)
         return {name: x[:, :, :, 0].swapaxes(1, 2) for name, x in found.items()}
     residency = tables.empty(layers * setting.experts, slots, layers=layers if per_layer else 0)
     if start is not None:
         residency = seated(residency, start)
-    if len(policies) == 1:
-        one = jax.tree.map(lambda leaf: leaf[0], stacked)
-        return jax.tree.map(lambda x: np.asarray(x)[None], _alone(one, tape, residency, setting))
-    return _in_batches(_in_turn, stacked, tape, residency, setting)
+    return _in_batches(_in_turn, stacked, residency, tapes, setting, only)
 
 
 def seated(residency: Residency, owner: np.ndarray) -> Residency:
@@ -122,38 +123,92 @@ def _stacked(policies: Sequence[Policy]) -> Policy:
         ) from None
 
 
-def _in_batches(program: Any, stacked: Policy, *given: Any) -> dict[str, np.ndarray]:
+def _in_batches(
+    program: Any,
+    stacked: Policy,
+    residency: Residency,
+    tapes: Tapes,
+    setting: Setting,
+    only: Collection[str] | None,
+) -> dict[str, np.ndarray]:
     number = len(stacked.capacity)
     size = min(TOGETHER, number)
 
     def batch(begin: int) -> dict[str, np.ndarray]:
         # The last batch is filled up: another size would compile anew.
         at = np.minimum(np.arange(begin, begin + size), number - 1)
-        made = program(jax.tree.map(lambda leaf: leaf[at], stacked), *given)
-        return {name: np.asarray(x)[: number - begin] for name, x in made.items()}
+        own = jax.tree.map(lambda leaf: leaf[at], stacked)
+        made = _in_chunks(program, own, residency, tapes, setting, only)
+        return {name: x[: number - begin] for name, x in made.items()}
 
     # The first one compiles. A program of many small steps keeps one core busy, no more.
     found = [batch(0)]
+    if number <= size:
+        return found[0]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as workers:
         found += workers.map(batch, range(size, number, size))
     return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
 
-@functools.partial(jax.jit, static_argnames=("setting",))
-def _alone(policy: Policy, tape: Tape, residency: Residency, setting: Setting) -> dict:
-    return _replay(policy, tape, residency, setting)
+def _in_chunks(
+    program: Any,
+    policies: Policy,
+    residency: Residency,
+    tapes: Tapes,
+    setting: Setting,
+    only: Collection[str] | None,
+) -> dict[str, np.ndarray]:
+    """Counts of a program that goes on from tape to tape."""
+    state, found, begin = None, {}, 0
+    by_layer = program is _by_layer
+    for tape in tapes:
+        length = len(tape.place)
+        if state is None:
+            layers = tapes.trace.layers
+            state = _begun(policies, residency, layers, setting, by_layer=by_layer)
+        state, made = program(policies, state, tape, setting)
+        axis = 2 if by_layer else 1
+        for name in made if only is None else only:
+            counts = np.asarray(made[name]).swapaxes(0, axis)
+            if name not in found:  # filled tape by tape: parts to be joined would be there twice
+                found[name] = np.empty((tapes.passes, *counts.shape[1:]), counts.dtype)
+            found[name][begin : begin + length] = counts[: tapes.passes - begin]
+        begin += length
+    found = {name: counts.swapaxes(0, axis) for name, counts in found.items()}
+    return found
+
+
+@functools.partial(jax.jit, static_argnames=("layers", "setting", "by_layer"))
+def _begun(
+    policies: Policy, residency: Residency, layers: int, setting: Setting, *, by_layer: bool
+) -> tuple:
+    """Tables and memories [C, ...] of policies, or [C, L, ...] of layers that stand alone."""
+
+    def one(policy: Policy) -> tuple:
+        cache = ExpertCache(pool=jnp.zeros((0, 0), jnp.uint8), residency=residency)
+        return cache, policy.init(1 if by_layer else layers, setting.experts)
+
+    def each(policy: Policy) -> tuple:
+        return jax.vmap(lambda _: one(policy))(jnp.arange(layers)) if by_layer else one(policy)
+
+    return jax.vmap(each)(policies)
 
 
 @functools.partial(jax.jit, static_argnames=("setting",))
-def _in_turn(policies: Policy, tape: Tape, residency: Residency, setting: Setting) -> dict:
+def _in_turn(policies: Policy, states: tuple, tape: Tape, setting: Setting) -> tuple:
     # Not `vmap`: its loops would copy the tables of all experts for each slot that is filled.
-    return jax.lax.map(lambda policy: _replay(policy, tape, residency, setting), policies)
+    def one(at: tuple) -> tuple:
+        return _replay(*at, tape, setting)
+
+    if len(policies.capacity) > 1:
+        return jax.lax.map(one, (policies, states))
+    alone = one(jax.tree.map(lambda leaf: leaf[0], (policies, states)))
+    return jax.tree.map(lambda leaf: leaf[None], alone)
 
 
-@functools.partial(jax.jit, static_argnames=("slots", "setting"))
-def _by_layer(policies: Policy, tape: Tape, slots: int, setting: Setting) -> dict:
-    """Counts [C, L, T, 1]: every layer is a model of one layer."""
-    residency = tables.empty(setting.experts, slots)
+@functools.partial(jax.jit, static_argnames=("setting",))
+def _by_layer(policies: Policy, states: tuple, tape: Tape, setting: Setting) -> tuple:
+    """States, and counts [C, L, T, 1]: every layer is a model of one layer."""
 
     def spread(rows: Rows, move: Any) -> Rows:
         parts = {name: getattr(rows, name) for name in ("picks", "exact", "scores")}
@@ -171,21 +226,19 @@ def _by_layer(policies: Policy, tape: Tape, slots: int, setting: Setting) -> dic
     kinds = Tape(**axes, is_prompt=None, place=None)
     tape = dataclasses.replace(tape, **alone)
 
-    def layer(policy: Policy, tape: Tape) -> dict:
-        return _replay(policy, tape, residency, setting)
+    def layer(policy: Policy, state: tuple, tape: Tape) -> tuple:
+        return _replay(policy, state, tape, setting)
 
-    return jax.vmap(jax.vmap(layer, in_axes=(None, kinds)), in_axes=(0, None))(policies, tape)
+    layers = jax.vmap(layer, in_axes=(None, 0, kinds))
+    return jax.vmap(layers, in_axes=(0, 0, None))(policies, states, tape)
 
 
-def _replay(policy: Policy, tape: Tape, residency: Residency, setting: Setting) -> dict:
-    """Counts [T, L] by name."""
-    layers = tape.steps.picks.shape[1]
-    nothing = jnp.zeros((0, 0), jnp.uint8)
-    start = (ExpertCache(pool=nothing, residency=residency), policy.init(layers, setting.experts))
+def _replay(policy: Policy, state: tuple, tape: Tape, setting: Setting) -> tuple:
+    """The cache and the memory after the tape, and counts [T, L] by name."""
 
     def one(carry: tuple, at: tuple) -> tuple:
-        is_prompt, place, costs = at
-        own = _priced(policy, costs)
+        is_prompt, place, learned = at
+        own = policy if learned is None else with_learned(policy, learned)
 
         def kind(rows: Rows, prompt: bool) -> Any:
             def go(carry: tuple) -> tuple:
@@ -200,16 +253,7 @@ def _replay(policy: Policy, tape: Tape, residency: Residency, setting: Setting) 
         carry, counts = jax.lax.cond(is_prompt, *kinds, carry)
         return carry, counts
 
-    costs = None if tape.load is None else (tape.load, tape.host)
-    return jax.lax.scan(one, start, (tape.is_prompt, tape.place, costs))[1]
-
-
-def _priced(policy: Policy, costs: tuple[jax.Array, jax.Array] | None) -> Policy:
-    """The policy with the costs that its run had measured by then."""
-    if costs is None or not hasattr(policy.placement, "with_costs"):
-        return policy
-    placement = dataclasses.replace(policy.placement, load=costs[0], host=costs[1])
-    return dataclasses.replace(policy, placement=placement)
+    return jax.lax.scan(one, state, (tape.is_prompt, tape.place, tape.learned))
 
 
 def _pass(policy: Policy, carry: tuple, rows: Rows, prompt: bool, setting: Setting) -> tuple:

@@ -11,8 +11,7 @@ from moejax.config import RouterRule
 from moejax.errors import BudgetError, InputError, PolicyError
 from moejax.policies.policy import Policy, policy, policy_names
 from moejax.simulator import accesses, needs, replay
-from moejax.simulator.tape import replayed, tape_of
-from moejax.state import array_fields
+from moejax.simulator.tape import replayed, tapes_of
 from moejax.traces.trace import Phase, Trace
 
 SEMANTICS = ("access", "engine")
@@ -119,6 +118,11 @@ def simulate(
     trace = prepared(trace, asked)
     named = [(_name(p), p if isinstance(p, Policy) else _known(p)) for p in policies]
     check_slots(trace, slots, asked)
+    if start is not None:
+        needs.check_start(start, trace, min(max(slots), trace.layers * trace.experts))
+    for name, made in named:
+        if made is not None:
+            needs.check_parts(made, name, trace.layers, trace.experts, trace.top_k)
     kept = trace.of_passes(replayed(trace))
     if trace.exact is not None:  # caches run what the model's own router chose
         kept = dataclasses.replace(kept, picks=kept.exact)
@@ -166,7 +170,11 @@ def check_slots(trace: Trace, slots: Sequence[int], asked: Asked) -> None:
     """Raise BudgetError for budgets that no run could have."""
     each = trace.top_k if asked.semantics == "engine" else 1
     least = each * (trace.layers if asked.per_layer else 1)
+    if not len(slots):
+        raise InputError("no budget to replay under: give at least one number of slots")
     for number in slots:
+        if not isinstance(number, int | np.integer) or isinstance(number, bool):
+            raise InputError(f"{number!r:.40} is no number of slots")
         if number < least:
             raise BudgetError(
                 f"{number} slots cannot hold the {least} experts needed at once"
@@ -178,6 +186,8 @@ def check_slots(trace: Trace, slots: Sequence[int], asked: Asked) -> None:
 
 
 def _name(given: str | Policy) -> str:
+    if not isinstance(given, str | Policy):
+        raise PolicyError(f"{given!r:.40} is no policy: give a name or a `Policy`")
     return given if isinstance(given, str) else type(given.evictor).__name__
 
 
@@ -283,10 +293,12 @@ def _accessed(
         size = single.experts
         if needs.reads_scores(made, layers, size):
             raise PolicyError(f"policy {name!r} reads router scores: use engine semantics")
-        own = [dataclasses.replace(made, capacity=jnp.int32(number)) for number in slots]
+        room = [min(number, trace.layers * trace.experts) for number in slots]
+        own = [dataclasses.replace(made, capacity=jnp.int32(number)) for number in room]
         setting = replay.Setting(experts=size, check=asked.check)
-        tape = tape_of(single, scores=False)
-        counts = replay.run(tape, own, max(slots), setting, per_layer=asked.per_layer)
+        tapes = tapes_of(single, scores=False)
+        how = {"per_layer": asked.per_layer, "only": ("hits", "broken")}
+        counts = replay.run(tapes, own, max(room), setting, **how)
         _check_tables(counts, name)
         found = [_folded(hits, trace, asked.per_layer) for hits in counts["hits"]]
     label = "exact" if trace.exact is None else OTHER
@@ -317,32 +329,33 @@ def _replayed(
     if made.exact:
         trace = own_picks(trace)
     wide = made.looks_ahead or needs.reads_scores(made, trace.layers, trace.experts)
-    tape, phases = tape_of(trace, scores=bool(wide)), trace.pass_phases()
-    if not _priced(trace, made):
-        tape = dataclasses.replace(tape, load=None, host=None)
+    told = {"scores": bool(wide), "learned": needs.recorded(trace, made)}
+    tapes, phases = tapes_of(trace, **told), trace.pass_phases()
     needs.check(
         made,
         name,
         trace.layers,
         trace.experts,
-        scores=tape.steps.scores is not None,
+        scores=tapes.scores,
         windows=bool((phases == Phase.VERIFY).any()),
         prefetch=asked.prefetch,
     )
     rule = RouterRule(**trace.about.get("router", {"normalize": True}))
     setting = replay.Setting(experts=trace.experts, rule=rule, keep=keep, check=asked.check)
-    own = [dataclasses.replace(made, capacity=jnp.int32(number)) for number in slots]
+    # No more slots than experts, whatever was asked for: tables take memory.
+    room = [min(number, trace.layers * trace.experts) for number in slots]
+    own = [dataclasses.replace(made, capacity=jnp.int32(number)) for number in room]
     whole = {"per_layer": asked.per_layer, "start": start}
-    counts = replay.run(tape, own, max(slots), setting, **whole)
+    counts = replay.run(tapes, own, max(room), setting, **whole)
     _check_tables(counts, name)
     kept = trace.of_passes(replayed(trace))
     found = []
     for i, number in enumerate(slots):
         mine = {key: values[i] for key, values in counts.items()}
-        label = OTHER if lossy and made.exact else _label(kept, made, asked, mine)
+        label = OTHER if lossy and made.exact else _label(kept, own[i], asked, mine)
         if label is None:  # its own run, but for rounding: the recorded picks set it right
             again = dataclasses.replace(setting, recorded=True)
-            other = replay.run(tape, own[i : i + 1], max(slots), again, **whole)
+            other = replay.run(tapes, own[i : i + 1], max(room), again, **whole)
             mine, label = {key: values[0] for key, values in other.items()}, "closed-loop, recorded"
         resident = mine.pop("resident", None)
         given = {"label": label, "counts": mine, "resident": resident, "lossy": not made.exact}
@@ -355,7 +368,7 @@ def _label(trace: Trace, made: Policy, asked: Asked, counts: dict[str, np.ndarra
     if made.exact:
         if asked.prefetch == "oracle" and made.predictor.horizon:
             return "bound, prefetch always right"
-        return _unknown(trace, made) or "exact"
+        return needs.unknown(trace, made, asked.per_layer) or "exact"
     picks = (trace.picks >= 0).any(axis=2).sum()
     other = counts["differing"].sum() / picks
     if trace.exact is not None and other == 0:
@@ -363,30 +376,6 @@ def _label(trace: Trace, made: Policy, asked: Asked, counts: dict[str, np.ndarra
     if trace.exact is not None and other < CLOSE and not made.low_bit:
         return None
     return f"open-loop, {other:.1%} of picks differ"
-
-
-def _priced(trace: Trace, made: Policy) -> bool:
-    """Whether the trace holds the costs that the policy learns; lossy ones learn none."""
-    known = {"load_us", "host_us"} <= set(trace.counts)
-    return known and made.exact and {"load", "host"} <= set(array_fields(type(made.placement)))
-
-
-def _unknown(trace: Trace, made: Policy) -> str | None:
-    """Why a replay of an exact policy may differ from its run, in what the trace does not hold."""
-    if trace.about.get("link"):
-        if hasattr(made.foresight, "with_rate"):
-            return "open-loop, learns its link's rate"
-        learns = made.placement.uses_host and hasattr(made.placement, "with_costs")
-        if learns and not _priced(trace, made):
-            return "open-loop, learns costs that were not recorded"
-        late = trace.counts.get("overdue")
-        if made.placement.uses_host and late is not None and late.any():
-            return "open-loop, the host took over what was late"
-    if not needs.reads_scores(made, trace.layers, trace.experts):
-        return None
-    if trace.scores is None:
-        return "truncated scores"
-    return "rounded scores" if trace.scores.dtype == np.float16 else None
 
 
 def _check_tables(counts: dict[str, np.ndarray], name: str) -> None:

@@ -1,5 +1,7 @@
 """Traces as replaying programs read them: passes of equal size, prompts apart from steps."""
 
+import dataclasses
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -10,7 +12,8 @@ from moejax.errors import InputError
 from moejax.state import pytree
 from moejax.traces.trace import Phase, Trace
 
-MOST_BYTES = 4 << 30  # of a tape
+TAPE_BYTES = 128 << 20  # of a tape, if it has more than one pass
+MOST_BYTES = 1 << 30  # of one pass
 
 
 @pytree
@@ -25,14 +28,13 @@ class Rows:
 
 @pytree
 class Tape:
-    """A trace as programs read it: T passes in order, each one of `prompts` or of `steps`."""
+    """Passes as programs read them: T in order, each one of `prompts` or of `steps`."""
 
     prompts: Rows
     steps: Rows
     is_prompt: jax.Array  # [T] bool
     place: jax.Array  # [T] i32, among those of its kind
-    load: jax.Array | None = None  # [T] f32, live cost of a record over the link, when known
-    host: jax.Array | None = None  # [T] f32, of an expert on the host
+    learned: dict[str, jax.Array] | None = None  # [T] f32 each, see `live.learned`
 
 
 def replayed(trace: Trace) -> np.ndarray:
@@ -40,85 +42,124 @@ def replayed(trace: Trace) -> np.ndarray:
     return trace.pass_phases() != Phase.DRAFT
 
 
-def tape_of(trace: Trace, *, scores: bool = True) -> Tape:
-    """The passes of a trace that are replayed.
+def tapes_of(trace: Trace, *, scores: bool = True, learned: Collection[str] = ()) -> "Tapes":
+    """The passes of a trace that are replayed, on as many tapes as it takes.
 
     Args:
         scores: with router scores, if the trace has any.
+        learned: counts that hold what the run's policy had learned by each pass.
 
     Raises:
-        InputError: it would take more than `MOST_BYTES` of memory.
+        InputError: a pass would take more than `MOST_BYTES` of memory.
     """
-    phases = trace.pass_phases()
-    wide = scores and (trace.scores is not None or trace.top_ids is not None)
-    _check_size(trace, phases, wide)
-    values = full_scores(trace) if wide else None
-    chosen = [np.flatnonzero(phases == Phase.PREFILL)]
-    chosen.append(np.flatnonzero((phases == Phase.DECODE) | (phases == Phase.VERIFY)))
-    kept = replayed(trace)
-    is_prompt = (phases == Phase.PREFILL)[kept]
-    place = np.where(is_prompt, np.cumsum(is_prompt), np.cumsum(~is_prompt)) - 1
-    costs = {"load": trace.counts.get("load_us"), "host": trace.counts.get("host_us")}
-    if any(cost is None for cost in costs.values()):
-        costs = {}
-    return Tape(
-        prompts=_rows(trace, chosen[0], values),
-        steps=_rows(trace, chosen[1], values),
-        is_prompt=jnp.asarray(is_prompt),
-        place=jnp.asarray(place, jnp.int32),
-        **{name: jnp.asarray(cost[kept, 0], jnp.float32) for name, cost in costs.items()},
+    kept, counts = replayed(trace), np.diff(trace.offsets())
+    found = Tapes(
+        trace=trace,
+        scores=scores and (trace.scores is not None or trace.top_ids is not None),
+        learned=tuple(sorted(learned)),
+        number=np.flatnonzero(kept),
+        is_prompt=(trace.pass_phases() == Phase.PREFILL)[kept],
+        counts=counts[kept],
     )
-
-
-def _check_size(trace: Trace, phases: np.ndarray, scores: bool) -> None:
-    """Raise InputError where the padded passes would not fit."""
-    picks = trace.layers * trace.top_k * 4 * (1 if trace.exact is None else 2)
-    each = picks + (trace.layers * trace.experts * 4 if scores else 0)
-    counts, rows = np.diff(trace.offsets()), 0
-    for own in (phases == Phase.PREFILL, (phases == Phase.DECODE) | (phases == Phase.VERIFY)):
-        rows += int(own.sum()) * int(counts[own].max(initial=0))
-    unpacked = trace.rows * trace.layers * (trace.experts + 1) * 4 if scores else 0
-    if (size := rows * each + unpacked) > MOST_BYTES:
+    if (size := found.bytes_of(1)) > MOST_BYTES:
         raise InputError(
-            f"this replay would take {size / 2**30:.1f} GiB, more than {MOST_BYTES >> 30}, with "
-            "every pass padded to the longest: leave the prompts out (--warm none), take their "
-            "tokens one by one (--prompt-alone), or cut the trace"
+            f"this replay would take {size / 2**30:.1f} GiB, more than {MOST_BYTES >> 30}, for its "
+            "longest pass: leave the prompts out (--warm none), or take their tokens one by one "
+            "(--prompt-alone)"
+        )
+    return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tapes:
+    """A trace's passes on tapes of one shape, each made when its turn comes.
+
+    The last of several is filled up with its first step, over and over: nothing comes after it, and
+    counts beyond the passes that there are belong to nobody.
+    """
+
+    trace: Trace
+    scores: bool
+    learned: tuple[str, ...]
+    number: np.ndarray  # [T] of the passes, in the trace
+    is_prompt: np.ndarray  # [T] bool
+    counts: np.ndarray  # [T] rows
+
+    @property
+    def passes(self) -> int:
+        """T."""
+        return len(self.number)
+
+    def bytes_of(self, length: int) -> int:
+        """The greatest size of a tape of so many passes, each padded to the longest of its kind."""
+        trace = self.trace
+        each = trace.top_k * (1 if trace.exact is None else 2)
+        each = 4 * trace.layers * (each + (trace.experts if self.scores else 0))
+        return each * sum(number * width for number, width in self._room(length))
+
+    def __iter__(self) -> Iterator[Tape]:
+        length = max(self.passes, 1)
+        while length > 1 and self.bytes_of(length) > TAPE_BYTES:
+            length = -(-length // 2)
+        for start in range(0, max(self.passes, 1), length):
+            yield self._tape(slice(start, start + length), length)
+
+    def _room(self, length: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The most prompts and steps of a tape of so many passes, and the widest of each."""
+        starts = np.arange(0, max(self.passes, 1), length)
+        found = []
+        for own in (self.is_prompt, ~self.is_prompt):
+            held = np.add.reduceat(own, starts, dtype=int) if own.size else np.zeros(1, int)
+            # Programs want a pass to look at even if there is none.
+            width = max(int(self.counts[own].max(initial=1)), 1)
+            found.append((max(int(held.max()), 1), width))
+        return tuple(found)
+
+    def _tape(self, part: slice, length: int) -> Tape:
+        own, blank = self.is_prompt[part], length - len(self.number[part])
+        (prompts, prompt_width), (steps, step_width) = self._room(length)
+        place = np.where(own, np.cumsum(own), np.cumsum(~own)) - 1
+        columns = {name: self.trace.counts[name][self.number[part], 0] for name in self.learned}
+        return Tape(
+            prompts=self._rows(part, own, prompts, prompt_width),
+            steps=self._rows(part, ~own, steps, step_width),
+            is_prompt=jnp.asarray(np.pad(own, (0, blank))),
+            place=jnp.asarray(np.pad(place, (0, blank)), jnp.int32),
+            learned={n: jnp.asarray(np.pad(c, (0, blank))) for n, c in columns.items()} or None,
+        )
+
+    def _rows(self, part: slice, own: np.ndarray, number: int, width: int) -> Rows:
+        """The rows of the passes `own` of a part."""
+        trace, passes, count = self.trace, self.number[part][own], self.counts[part][own]
+        row, column = np.repeat(np.arange(len(passes)), count), _within(count)
+        source = np.repeat(trace.offsets()[:-1][passes], count) + column
+
+        def laid(values: np.ndarray | None, fill: int, kind: Any) -> jax.Array | None:
+            if values is None:
+                return None
+            made = np.full((number, width, *values.shape[1:]), fill, kind)
+            made[row, column] = values
+            return jnp.asarray(made.swapaxes(1, 2) if made.ndim > 2 else made)
+
+        return Rows(
+            picks=laid(trace.picks[source], -1, np.int32),
+            exact=None if trace.exact is None else laid(trace.exact[source], -1, np.int32),
+            scores=laid(full_scores(trace, source) if self.scores else None, 0, np.float32),
+            valid=laid(np.ones(len(source), bool), False, bool),
         )
 
 
-def full_scores(trace: Trace) -> np.ndarray | None:
-    """[N, L, E] f32 scores, those beyond the recorded ones 0; None of a trace without any."""
+def full_scores(trace: Trace, rows: Any = slice(None)) -> np.ndarray | None:
+    """[N, L, E] f32 scores of some rows, those that were not recorded 0; None without any."""
     if trace.scores is not None:
-        return np.asarray(trace.scores, np.float32)
+        return np.asarray(trace.scores[rows], np.float32)
     if trace.top_ids is None:
         return None
-    found = np.zeros((trace.rows, trace.layers, trace.experts + 1), np.float32)
-    at = np.where(trace.top_ids < 0, trace.experts, trace.top_ids).astype(np.int64)
-    np.put_along_axis(found, at, np.asarray(trace.top_scores, np.float32), axis=2)
+    ids = trace.top_ids[rows]
+    found = np.zeros((len(ids), trace.layers, trace.experts + 1), np.float32)
+    at = np.where(ids < 0, trace.experts, ids).astype(np.int64)
+    np.put_along_axis(found, at, np.asarray(trace.top_scores[rows], np.float32), axis=2)
     return found[:, :, :-1]
-
-
-def _rows(trace: Trace, passes: np.ndarray, scores: np.ndarray | None) -> Rows:
-    """The rows of some passes, as many for each as the longest has."""
-    first, count = trace.offsets()[:-1][passes], np.diff(trace.offsets())[passes]
-    # Programs want a pass to look at even if there is none.
-    number, width = max(len(passes), 1), int(count.max(initial=1))
-    row, column = np.repeat(np.arange(len(passes)), count), _within(count)
-    source = np.repeat(first, count) + column
-
-    def laid(values: np.ndarray | None, fill: int, kind: Any) -> jax.Array | None:
-        if values is None:
-            return None
-        made = np.full((number, width, *values.shape[1:]), fill, kind)
-        made[row, column] = values[source]
-        return jnp.asarray(made.swapaxes(1, 2) if made.ndim > 2 else made)
-
-    return Rows(
-        picks=laid(trace.picks, -1, np.int32),
-        exact=laid(trace.exact, -1, np.int32),
-        scores=laid(scores, 0, np.float32),
-        valid=laid(np.ones(trace.rows, bool), False, bool),
-    )
 
 
 def _within(count: np.ndarray) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 The link moves one record after another, demands before prefetches, and goes on while the device
 computes. A layer runs its residents while its missing records come, and those in groups as they
-come, as the engine does. On a machine without a GPU host and device are the same cores.
+come, as the engine does; each group costs the device a fixed time beside. On a machine without a
+GPU host and device are the same cores.
 """
 
 import dataclasses
@@ -23,8 +24,7 @@ class Rates:
     expert_us: float  # one expert in its slot
     load_us: float  # one record over the link, while it moves others before and after
     latency_us: float = 0.0  # until an idle link has begun
-    copy_us: float = 0.0  # one record from where it landed into its slot, by the device's cores
-    miss_us: float = 0.0  # a layer with misses, beside all that
+    miss_us: float = 0.0  # of the device, for records that come together, beside their experts
     host_us: float = 0.0  # one expert on the host
     one_processor: bool = True  # host and device are the same cores
 
@@ -62,6 +62,7 @@ def rates_of(machine: Machine, record_bytes: int, *, disk: bool = False) -> Rate
         expert_us=record_bytes / machine.rate("device") * 1e6,
         load_us=record_bytes / machine.rate(what) * 1e6 + (0.0 if disk else latency),
         latency_us=latency if disk else 0.0,
+        miss_us=machine.miss_us,
         host_us=record_bytes / machine.rate("host") * 1e6,
         one_processor=one,
     )
@@ -127,18 +128,18 @@ def _layer(
     behind = np.clip(free - asked, 0.0, np.maximum(used, 1) * rates.load_us)
     idle = (behind == 0) * rates.latency_us
     begin = asked + behind + idle
-    missing = fetched > 0
-    work = rates.layer_us + (hits - used) * rates.expert_us + missing * rates.miss_us
+    work = rates.layer_us + (hits - used) * rates.expert_us
     if rates.one_processor:
         work = work + host * rates.host_us
     done = now + work
     waits = np.where(used > 0, np.maximum(asked + behind - done, 0.0), 0.0)
-    done, work = done + waits + used * rates.expert_us, work + used * rates.expert_us
+    own = (used > 0) * rates.miss_us + used * rates.expert_us
+    done, work = done + waits + own, work + own
     for first in range(0, int(fetched.max(initial=0)), TOGETHER):
         size = np.clip(fetched - first, 0, TOGETHER)
         there = begin + np.minimum(first + TOGETHER, fetched) * rates.load_us
         wait = np.where(size > 0, np.maximum(there - done, 0.0), 0.0)
-        own = size * (rates.expert_us + rates.copy_us)
+        own = (size > 0) * rates.miss_us + size * rates.expert_us
         waits, work, done = waits + wait, work + own, done + wait + own
     on_host = 0.0 if rates.one_processor else asked + host * rates.host_us
     late = np.maximum(on_host - done, 0.0) * (host > 0)

@@ -26,6 +26,7 @@ from moejax.traces.form import (
     READS,
     VERSION,
     check_column,
+    forms,
 )
 
 HEADER = "header.json"
@@ -191,8 +192,9 @@ def _form(name: str) -> tuple[tuple[str, str], ...]:
     group, _, own = name.rpartition("/")
     if group == "counts":
         return COUNT if own.isidentifier() else ()
-    known = {"": COLUMNS, "reads": READS}.get(group, {})
-    return (known[own],) if own in known else ()
+    if group == "reads":
+        return (READS[own],) if own in READS else ()
+    return forms(own) if not group and own in COLUMNS else ()
 
 
 def _column(

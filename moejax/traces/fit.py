@@ -36,13 +36,15 @@ class Fit:
     process: ScoreProcess
     sequence_tokens: int
     measured: dict[str, float]
-    reproduced: dict[str, float]  # means over seeds
-    spread: dict[str, float]  # standard deviations over seeds
+    # Means and standard deviations over seeds; None of what traces of this length do not have.
+    reproduced: dict[str, float | None]
+    spread: dict[str, float | None]
 
     @property
-    def errors(self) -> dict[str, float]:
+    def errors(self) -> dict[str, float | None]:
         """Reproduced less measured."""
-        return {name: self.reproduced[name] - value for name, value in self.measured.items()}
+        made = self.reproduced
+        return {n: None if made[n] is None else made[n] - v for n, v in self.measured.items()}
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -195,7 +197,7 @@ def _dispersion(trace: Trace) -> dict[str, float]:
 
 def _reproduced(
     process: ScoreProcess, trace: Trace, length: int, measured: dict, seeds: Iterable[int]
-) -> tuple[dict[str, float], dict[str, float]]:
+) -> tuple[dict[str, float | None], dict[str, float | None]]:
     """Means and standard deviations, over seeds, of statistics of traces as long as the real one,
     if LOGITS allow."""
     most = max(LOGITS // (trace.layers * trace.experts), 64)
@@ -205,10 +207,10 @@ def _reproduced(
     for seed in seeds:
         made = generate(process, tokens, seed=seed, sequence_tokens=length)
         runs.append(summary(made)[0])
-    own = {name: [run.get(name, math.nan) for run in runs] for name in measured}
+    own = {name: [run[name] for run in runs if name in run] for name in measured}
     return (
-        {name: float(np.mean(values)) for name, values in own.items()},
-        {name: float(np.std(values)) for name, values in own.items()},
+        {name: float(np.mean(values)) if values else None for name, values in own.items()},
+        {name: float(np.std(values)) if values else None for name, values in own.items()},
     )
 
 

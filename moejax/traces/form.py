@@ -57,6 +57,7 @@ COLUMNS = {
     "began": ("f8", "P"),
     "seconds": ("f8", "P"),
 }
+ALSO = {"scores": ("f4", "NLE"), "top_scores": ("f4", "NLM")}  # where nothing is to be rounded
 NEEDED = tuple(COLUMNS)[:7]
 READS = {
     "expert": ("i4", "R"),
@@ -67,6 +68,11 @@ READS = {
     "run": ("i4", "R"),
 }
 COUNT = (("i4", "PL"), ("f4", "PL"))  # numbers of experts, and sums of router weight
+
+
+def forms(name: str) -> tuple[tuple[str, str], ...]:
+    """The types that a column may have, with its dimensions, the usual one first."""
+    return (COLUMNS[name], ALSO[name]) if name in ALSO else (COLUMNS[name],)
 
 
 def check_array(name: str, array: Any, form: Sequence[tuple[str, str]], sizes: dict) -> None:
@@ -111,7 +117,7 @@ def check_form(trace: Any) -> None:
         raise InputError("the trace has no rows: record at least one token")
     sizes["P"] = int(trace.run[-1]) + 1
     for name, column in trace.columns().items():
-        check_array(name, column, [COLUMNS[name]], sizes)
+        check_array(name, column, forms(name), sizes)
     if (trace.top_ids is None) != (trace.top_scores is None):
         raise InputError("top_ids and top_scores of a trace belong together: give both")
     if trace.began is not None and trace.seconds is None:
@@ -130,6 +136,13 @@ def check_form(trace: Any) -> None:
             f"{sizes['L']} layers of {trace.experts}"
         )
     check_about(trace.about)
+    router = trace.about.get("router", {})
+    groups, best = router.get("num_groups", 1), router.get("top_groups", 1)
+    if trace.experts % groups or best > groups:
+        raise InputError(
+            f"the router of a trace cannot choose {best} of {groups} groups of its "
+            f"{trace.experts} experts"
+        )
 
 
 def check_about(about: Any) -> None:
@@ -190,7 +203,11 @@ def check_values(trace: Any) -> None:
     floats |= {f"counts/{n}": c for n, c in trace.counts.items() if c.dtype.kind == "f"}
     floats |= {f"reads/{n}": c for n, c in trace.reads.items() if c.dtype.kind == "f"}
     for name, column in floats.items():
-        if column is not None and not np.isfinite(column).all():
+        if column is None:
+            continue
+        # In parts of some 64 MiB: the mask of all scores would take half as much as they do.
+        parts = np.array_split(column, 1 + (column.nbytes >> 26))
+        if not all(np.isfinite(part).all() for part in parts):
             raise InputError(f"{name} of a trace hold NaN or infinity")
     for name in ("began", "seconds"):
         times = getattr(trace, name)

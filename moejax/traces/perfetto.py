@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from moejax.errors import InputError
+from moejax.reports.files import replace_text
 from moejax.traces.trace import Outcome, Phase, Trace
-from moejax.traces.view import replace_file
 
 # The processes of the timeline.
 DEVICE, LINK, HOST = 1, 2, 3
@@ -37,7 +37,7 @@ def write(trace: Trace, path: str | os.PathLike) -> None:
     events = timeline(trace)
     about = {"model": trace.model, "about": json.dumps(trace.about, ensure_ascii=False)}
     document = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": about}
-    replace_file(pathlib.Path(path), json.dumps(document, allow_nan=False))
+    replace_text(pathlib.Path(path), json.dumps(document, allow_nan=False))
 
 
 def timeline(trace: Trace) -> list[Event]:
@@ -113,7 +113,8 @@ def _passes(trace: Trace) -> list[Event]:
         }
         phase = Phase(phases[p]).name.lower()
         events.append(_slice(f"{phase} {p}", phase, DEVICE, lane, start, end, arguments))
-        if rates is not None and np.isfinite(rates[p]):
+        own = phases[p] != Phase.DRAFT  # which uses nothing that is not there
+        if own and rates is not None and np.isfinite(rates[p]):
             events.append(_counter("hit rate", DEVICE, start, "%", float(rates[p]) * 100))
         if moved is not None:
             unit, values = moved

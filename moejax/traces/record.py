@@ -13,9 +13,9 @@ import numpy as np
 
 from moejax import decode, warm
 from moejax.cycles import Cycles, tokens_of
+from moejax.drawn import NONFINITE
 from moejax.errors import InputError, LinkError, NonFiniteError, PolicyError
-from moejax.generate import NONFINITE
-from moejax.live import Costs
+from moejax.live import Costs, learned
 from moejax.policies.policy import Policy
 from moejax.runtime import Runtime
 from moejax.sampling import (
@@ -27,26 +27,13 @@ from moejax.sampling import (
     sequence_keys,
 )
 from moejax.speculate import Made, Target
-from moejax.state import DecodeState, array_fields
+from moejax.state import DecodeState
 from moejax.stats import Stats
-from moejax.traces.recorder import Recorder
+from moejax.traces.recorder import Keep, Recorder
 from moejax.traces.trace import Phase, Trace
 
 Texts = Sequence[str | Sequence[int]]
 Progress = Callable[[int, int], None]  # texts done, of all
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Keep:
-    """What a trace is to hold beside the picks."""
-
-    scores: int | None = None  # the M greatest of each layer; 0 = none, None = all
-    weights: bool = True  # the router's, as used
-    residency: bool = False  # what was resident in each pass and layer: L * E bits each
-
-    def __post_init__(self) -> None:
-        if self.scores is not None and self.scores < 0:
-            raise InputError(f"{self.scores} scores cannot be kept: give 0 or more, or None = all")
 
 
 def record(
@@ -65,7 +52,8 @@ def record(
     """Complete prompts and return what happened; the tokens are those of `Runtime.generate`.
 
     Experts stay in their slots from one prompt to the next, as in a server. A policy that drafts
-    drafts; of its cycles the verifications are recorded, with the drafts that were rejected.
+    drafts; of its cycles the verifications are recorded, with the drafts that were rejected, and
+    before each the passes of a self-draft, if they are to be kept.
 
     Args:
         texts: texts or lists of token ids.
@@ -76,6 +64,7 @@ def record(
 
     Raises:
         InputError: bad prompts or options, or a model without experts.
+        PolicyError: drafts are to be kept of a policy under which the model makes none itself.
         LinkError: expert records did not arrive.
         NonFiniteError: NaN or infinity in the logits.
     """
@@ -128,6 +117,15 @@ def follow(
     return run.whole(run.groups(ids, batch, progress), each, name, settings)
 
 
+def check_drafts(policy: Policy, keep: Keep) -> None:
+    """Raise PolicyError where drafts are to be kept that the model itself does not make."""
+    if keep.drafts and getattr(policy.speculation.draft, "kind", None) != "self":
+        raise PolicyError(
+            "only drafts that the model itself makes can be kept: take a policy such as "
+            "self-draft, or leave them out"
+        )
+
+
 def _ids(runtime: Runtime, texts: Texts) -> list[np.ndarray]:
     if isinstance(texts, str | bytes) or not texts:
         raise InputError("no texts to record: give a list of at least one")
@@ -176,15 +174,14 @@ class _Run:
         self.runtime, self.sampling = runtime, sampling
         self.key = jax.random.key(seed)
         self.policy = runtime.policy
+        check_drafts(self.policy, keep)
         self.state: DecodeState | None = None
         self.sequences = 0  # recorded so far
         self.lengths = np.zeros(0, np.int64)  # of the sequences at hand
         self.recorder = Recorder(
             experts=runtime.config.num_experts,
-            scores=keep.scores,
-            weights=keep.weights,
+            keep=keep,
             exact=not runtime.policy.router.exact,
-            residency=keep.residency,
             link=runtime.link,
         )
 
@@ -207,11 +204,8 @@ class _Run:
             loop = self._loop(self.runtime.init_state(size), texts, self._unseen(size))
             loop.compile(size)
         self.costs = Costs(self.policy, self.runtime.link)
-        own = set(array_fields(type(self.policy.placement))) if self.costs.active else set()
-        self.weighs = {"load", "host"} <= own
-        if self.weighs:  # a file holds no infinity, which a host may cost before it is measured
-            self.weighs = 0 < float(self.policy.placement.load) < np.inf
-            self.weighs &= float(self.policy.placement.host) < np.inf
+        # A file holds no infinity, which a host may cost before it is measured.
+        self.weighs = self.costs.active and bool(learned(self.policy))
         self.recorder.start()
 
     def groups(
@@ -280,23 +274,21 @@ class _Run:
         """Logits [B, V] after a recorded step of tokens [B, T]."""
         runtime, begun = self.runtime, time.perf_counter()
         fixed = (runtime.model, self.policy, runtime.params, runtime.store)
-        costs = self._weighed(self.policy)
+        weighed = self._weighed(self.policy)
         self.state, out = decode.decode_step(*fixed, self.state, tokens, scores=True)
         out.logits.block_until_ready()
         times = (begun, time.perf_counter())
         decode.check_arrived(runtime.store, out)
         where = (self.lengths, self.sequences)
-        self.recorder.add(phase, tokens, *where, out.trace, times, costs=costs)
+        self.recorder.add(phase, tokens, *where, out.trace, times, learned=weighed)
         self.lengths = self.lengths + (tokens >= 0).sum(axis=1)
         if phase == Phase.DECODE and self.costs.active:
             self.policy = self.costs.learn(self.policy, times[1] - times[0])
         return out.logits
 
-    def _weighed(self, policy: Policy) -> tuple[float, float] | None:
-        """The costs of a placement that learns them, if two numbers are all that it learns."""
-        if not self.weighs:
-            return None
-        return float(policy.placement.load), float(policy.placement.host)
+    def _weighed(self, policy: Policy) -> dict[str, float] | None:
+        """The numbers that are renewed from step to step, as the next one reads them."""
+        return learned(policy) if self.weighs else None
 
     def _drawn(
         self, logits: jax.Array, tokens: np.ndarray, seen: jax.Array | None, active: np.ndarray
@@ -319,7 +311,7 @@ class _Run:
         while not (finished | (room < 1)).all():
             active = ~finished & (room > 0)
             pending, begun = np.asarray(loop.run.pending), time.perf_counter()
-            costs = self._weighed(loop.target.policy)
+            weighed = self._weighed(loop.target.policy)
             made = self._cycle(loop, active, room)
             times = (begun, time.perf_counter())
             place = np.arange(made.token.shape[1])
@@ -327,7 +319,10 @@ class _Run:
             fed = np.where((place <= made.drafted[:, None]) & active[:, None], fed, -1)
             accepted = place < made.count[:, None]
             start = (self.lengths, self.sequences)
-            self.recorder.add(Phase.VERIFY, fed, *start, loop.trace, times, accepted, costs)
+            if self.recorder.keep.drafts and loop.drafts is not None:
+                drafted, own = np.where(active, made.drafted, 0), (begun, accepted, weighed)
+                self.recorder.add_drafts(fed, drafted, *start, loop.drafts, *own)
+            self.recorder.add(Phase.VERIFY, fed, *start, loop.trace, times, accepted, weighed)
             self.lengths = self.lengths + made.count
             places = [*tokens_of(made, ~active, room, runtime.stop_ids)]
             loop.stats.add_cycle(made, active, loop.drafted, len(places))
@@ -335,8 +330,8 @@ class _Run:
                 room[b] -= 1
                 finished[b] |= int(made.token[b, i]) in runtime.stop_ids
             if self.costs.active:
-                learned = self.costs.learn(loop.target.policy, times[1] - times[0])
-                loop.target = dataclasses.replace(loop.target, policy=learned)
+                renewed = self.costs.learn(loop.target.policy, times[1] - times[0])
+                loop.target = dataclasses.replace(loop.target, policy=renewed)
         self.policy, self.state = loop.target.policy, loop.run.state
 
     def _loop(self, state: DecodeState, texts: list[np.ndarray], seen: jax.Array | None) -> Cycles:
@@ -352,6 +347,7 @@ class _Run:
         return loop
 
     def _cycle(self, loop: Cycles, active: np.ndarray, room: np.ndarray) -> Made:
+        begun = time.perf_counter()
         try:
             made = loop.step(active, room)
         except LinkError as error:
@@ -360,6 +356,7 @@ class _Run:
             raise LinkError(f"expert records did not arrive: {why}") from None
         if (made.bad & active).any():
             raise NonFiniteError(NONFINITE)
+        loop.learn(made, time.perf_counter() - begun)
         return made
 
     def whole(

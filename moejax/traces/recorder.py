@@ -1,6 +1,7 @@
 """Gathers the rows of a trace on the host while a model runs."""
 
 import collections
+import dataclasses
 import time
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from moejax.errors import InputError
 from moejax.kernels.store import Store, clock_us
 from moejax.state import StepTrace
-from moejax.traces.form import COLUMNS, COUNT
+from moejax.traces.form import ALSO, COLUMNS, COUNT
 from moejax.traces.trace import Outcome, Phase, Trace
 
 COUNTS = (
@@ -20,11 +21,25 @@ COUNTS = (
 )
 TYPES = {name: kind for name, (kind, _) in COLUMNS.items()}
 TYPES |= {f"counts/{name}": COUNT[name == "replaced_mass"][0] for name in COUNTS}
-COSTS = ("load_us", "host_us")  # that the placement weighed
-TYPES |= {f"counts/{name}": COUNT[1][0] for name in COSTS}
+LEARNED = COUNT[1][0]  # the type of what a policy renews
 MASKS = ("resident", "fresh", "hosted", "lowered")
 MERGED = 512  # passes whose arrays become one: many small arrays take more than they hold
 EVENTS = 1 << 16  # of a link that its log holds from one pass to the next
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Keep:
+    """What a trace is to hold beside the picks."""
+
+    scores: int | None = None  # the M greatest of each layer; 0 = none, None = all
+    full: bool = False  # scores in f32, not f16: replays of policies that read them are then exact
+    weights: bool = True  # the router's, as used
+    residency: bool = False  # what was resident in each pass and layer: L * E bits each
+    drafts: bool = False  # what a self-draft routed to, token by token, before each verification
+
+    def __post_init__(self) -> None:
+        if self.scores is not None and self.scores < 0:
+            raise InputError(f"{self.scores} scores cannot be kept: give 0 or more, or None = all")
 
 
 class LinkLog:
@@ -78,29 +93,25 @@ class Recorder:
         self,
         *,
         experts: int,
-        scores: int | None = None,
-        weights: bool = True,
+        keep: Keep,
         exact: bool = False,
-        residency: bool = False,
         link: Store | None = None,
     ):
         """Nothing yet.
 
         Args:
             experts: E.
-            scores: how many of the greatest to keep per layer; None = all.
-            weights: keep those of the picks.
             exact: keep the picks of the model's own router beside those that were made.
-            residency: keep what was resident.
             link: whose events to keep, if it has a log.
 
         Raises:
             InputError: more scores than experts.
         """
-        if scores is not None and scores > experts:
-            raise InputError(f"{scores} scores cannot be kept: a layer has {experts} experts")
-        self.experts, self.scores, self.weights = experts, scores, weights
-        self.exact, self.residency = exact, residency
+        if keep.scores is not None and keep.scores > experts:
+            raise InputError(f"{keep.scores} scores cannot be kept: a layer has {experts} experts")
+        self.experts, self.keep, self.exact = experts, keep, exact
+        more = ALSO if keep.full else {}
+        self._types = TYPES | {name: kind for name, (kind, _) in more.items()}
         self.passes = 0
         self._begun, self._log = 0.0, LinkLog(link)
         self._parts: dict[str, list[np.ndarray]] = collections.defaultdict(list)
@@ -123,7 +134,7 @@ class Recorder:
         trace: StepTrace,
         times: tuple[float, float],
         accepted: np.ndarray | None = None,
-        costs: tuple[float, float] | None = None,
+        learned: dict[str, float] | None = None,
     ) -> None:
         """Add a pass.
 
@@ -134,10 +145,10 @@ class Recorder:
             trace: recorded with scores.
             times: of `time.perf_counter`, before and after.
             accepted: [B, T] bool; all by default.
-            costs: of a record over the link and an expert on the host, as the pass had them.
+            learned: numbers that the policy renews, as the pass had them; see `live.learned`.
         """
         wanted = ("picks", "weights", *MASKS, *COUNTS, "exact")
-        wanted += () if self.scores == 0 else ("scores",)
+        wanted += () if self.keep.scores == 0 else ("scores",)
         found = jax.device_get({name: getattr(trace, name) for name in wanted})
         b, t = np.nonzero(tokens >= 0)
         rows = b * tokens.shape[1] + t
@@ -155,23 +166,51 @@ class Recorder:
             "seconds": np.array([times[1] - times[0]]),
             **{f"counts/{name}": found[name][None] for name in COUNTS},
         }
-        if costs is not None:
-            for name, cost in zip(COSTS, costs, strict=True):
-                columns[f"counts/{name}"] = np.full((1, picks.shape[1]), cost)
-        if self.weights:
+        for name, number in (learned or {}).items():
+            columns[f"counts/{name}"] = np.full((1, picks.shape[1]), number)
+        if self.keep.weights:
             columns["weights"] = np.moveaxis(found["weights"], 1, 0)[rows]
         if self.exact:
             columns["exact"] = exact
-        if self.residency:
+        if self.keep.residency:
             columns["resident"] = found["resident"][None]
-        if self.scores != 0:
-            columns |= _scores(np.moveaxis(found["scores"], 1, 0)[rows], self.scores)
+        if self.keep.scores != 0:
+            columns |= _scores(np.moveaxis(found["scores"], 1, 0)[rows], self.keep.scores)
         for name, column in columns.items():
-            self._parts[name].append(column.astype(TYPES[name], copy=True))
+            self._parts[name].append(column.astype(self._types.get(name, LEARNED), copy=True))
         self.passes += 1
-        self._log.read(self.passes - 1)
+        if phase != Phase.DRAFT:  # what came is known by the end of the verification
+            self._log.read(self.passes - 1)
         if self.passes % MERGED == 0:
             self._merge()
+
+    def add_drafts(
+        self,
+        fed: np.ndarray,
+        drafted: np.ndarray,
+        start: np.ndarray,
+        first: int,
+        traces: StepTrace,
+        begun: float,
+        accepted: np.ndarray,
+        learned: dict[str, float] | None,
+    ) -> None:
+        """Add the passes of a self-draft, before the verification of what it made.
+
+        One program drafts and verifies, so that they have no times of their own.
+
+        Args:
+            fed: [B, W] i32, as the verification is fed; the last draft was not drafted upon.
+            drafted: [B], how many of them were made.
+            traces: [G, ...].
+            accepted: [B, W] bool, of what was fed.
+        """
+        traces = jax.device_get(traces)
+        for i in range(drafted.max()):
+            tokens = np.where(i < drafted, fed[:, i], -1)[:, None]
+            own = jax.tree.map(lambda leaf, i=i: leaf[i], traces)
+            marks = accepted[:, i, None]
+            self.add(Phase.DRAFT, tokens, start + i, first, own, (begun, begun), marks, learned)
 
     def _merge(self) -> None:
         for name, parts in self._parts.items():

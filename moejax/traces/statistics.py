@@ -15,10 +15,30 @@ SHARES = (0.1, 0.25)  # of the experts, those picked most
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 NEAR = (1, 2, 4, 8, 16, 32)  # tokens within which an expert is used again
 PHASES = {
-    "all": tuple(Phase),
+    "all": (Phase.PREFILL, Phase.DECODE, Phase.VERIFY),  # what the model itself ran
     "prefill": (Phase.PREFILL,),
+    "draft": (Phase.DRAFT,),
     "decode": (Phase.DECODE, Phase.VERIFY),
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DraftStats:
+    """How well the routing of self-drafts tells what their verification routes to.
+
+    Over the tokens that were drafted upon and then verified, whether they were kept or not. `found`
+    is the share of the verification's picks that the draft's own picks hold, `gate` the share that
+    the K best scores of its gates hold, resident or not.
+    """
+
+    rows: int
+    kept: float  # share of those tokens
+    made: float  # picks of the draft's, over K
+    found: float
+    found_by_layer: list[float]
+    found_by_place: dict[int, float]  # by place in the window, 0 = the pending token
+    gate: float | None
+    gate_by_layer: list[float] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +73,7 @@ class TraceStats:
     score_by_rank: list[float] | None  # mean router score, best first
     score_step: float | None  # mean of the score after the K-th over the K-th
     score_steps: list[float | None] | None  # the same of all ranks: the (r + 1)-th over the r-th
+    drafts: DraftStats | None  # of a trace that has drafts and their verification, of any phase
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
@@ -63,7 +84,7 @@ def statistics(trace: Trace, phase: str = "decode") -> TraceStats:
     """Statistics of the rows of a phase, drafts that were rejected left out.
 
     Args:
-        phase: "decode" (with verified drafts), "prefill" or "all".
+        phase: "decode" (with verified drafts), "prefill", "draft", or "all" but drafts.
 
     Raises:
         InputError: no such phase, or no rows of it.
@@ -92,7 +113,70 @@ def statistics(trace: Trace, phase: str = "decode") -> TraceStats:
         **_reuse(picks, trace.experts),
         union=_unions(picks, trace.experts, place),
         **scores,
+        drafts=drafts_against_verification(trace),
     )
+
+
+def drafts_against_verification(trace: Trace) -> DraftStats | None:
+    """How well drafts tell what their verification routes to; None without any of both."""
+    draft, verified, place = _verified_drafts(trace)
+    wanted = trace.picks[verified]
+    if not (wanted >= 0).any():
+        return None
+    found = _held(wanted, trace.picks[draft])
+    gate = None
+    if (best := _best(trace, draft)) is not None:
+        gate = _held(wanted, best).mean(axis=0)
+    return DraftStats(
+        rows=len(draft),
+        kept=float(trace.accepted[draft].mean()),
+        made=float((trace.picks[draft] >= 0).mean()),
+        found=float(found.mean()),
+        found_by_layer=found.mean(axis=0).tolist(),
+        found_by_place={int(n): float(found[place == n].mean()) for n in np.unique(place)},
+        gate=None if gate is None else float(gate.mean()),
+        gate_by_layer=None if gate is None else gate.tolist(),
+    )
+
+
+def _verified_drafts(trace: Trace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of drafts, those of the same tokens in the next verification, and places in its window.
+
+    All three are [M].
+    """
+    ends = np.flatnonzero(trace.pass_phases() == Phase.VERIFY)
+    cycle = np.searchsorted(ends, np.arange(trace.passes))[trace.run]
+    window = np.unique(np.stack([cycle, trace.sequence]), axis=1, return_inverse=True)[1].ravel()
+    key = window * (int(trace.position.max()) + 1) + trace.position
+    draft, verified = (np.flatnonzero(trace.phase == p) for p in (Phase.DRAFT, Phase.VERIFY))
+    order = verified[np.argsort(key[verified])]
+    if not len(order):
+        return draft[:0], order, order
+    at = order[np.minimum(np.searchsorted(key[order], key[draft]), len(order) - 1)]
+    there = key[at] == key[draft]
+    first = np.full(int(window.max()) + 1, np.iinfo(np.int32).max)
+    np.minimum.at(first, window[verified], trace.position[verified])
+    place = trace.position - first[window]
+    return draft[there], at[there], place[draft[there]]
+
+
+def _held(wanted: np.ndarray, given: np.ndarray) -> np.ndarray:
+    """[M, L] share of the picks wanted [M, L, K] that are among those given [M, L, n]."""
+    there = (wanted[..., None] == given[..., None, :]).any(axis=-1) & (wanted >= 0)
+    return there.sum(axis=-1) / np.maximum((wanted >= 0).sum(axis=-1), 1)
+
+
+def _best(trace: Trace, rows: np.ndarray) -> np.ndarray | None:
+    """[M, L, K] the experts that the scores of some rows would choose; None without scores."""
+    top_k = trace.top_k
+    if trace.about.get("router", {}).get("num_groups", 1) > 1:
+        return None  # which groups are out of the running takes more than scores
+    if trace.scores is not None:
+        order = np.argsort(-trace.scores[rows].astype(np.float32), axis=-1, kind="stable")
+        return order[..., :top_k]
+    if trace.top_ids is None or trace.top_ids.shape[2] < top_k:
+        return None
+    return trace.top_ids[rows][..., :top_k]
 
 
 def _uses(picks: np.ndarray, experts: int) -> np.ndarray:

@@ -43,9 +43,9 @@ class Trace:
     accepted: np.ndarray  # [N] bool, False for drafts that were rejected
     picks: np.ndarray  # [N, L, K] i16, by rank, -1 = none
     weights: np.ndarray | None = None  # [N, L, K] f32, as used
-    scores: np.ndarray | None = None  # [N, L, E] f16, the router's, or
+    scores: np.ndarray | None = None  # [N, L, E] f16 or f32, the router's, or
     top_ids: np.ndarray | None = None  # [N, L, M] i16, of the M greatest scores, -1 = none
-    top_scores: np.ndarray | None = None  # [N, L, M] f16
+    top_scores: np.ndarray | None = None  # [N, L, M] f16 or f32
     outcome: np.ndarray | None = None  # [N, L, K] u8, `Outcome`
     exact: np.ndarray | None = None  # [N, L, K] i16, picks of the model's own router, if others
     resident: np.ndarray | None = None  # [P, L, E] bool, when the layer began
@@ -123,6 +123,8 @@ class Trace:
             raise InputError(f"passes are chosen by a mask bool [{self.passes}]")
         if not chosen.any():
             raise InputError("no pass of the trace is left: choose others")
+        if chosen.all():  # a copy may take gigabytes
+            return self
         number = np.cumsum(chosen, dtype=np.int32) - 1
         kept = chosen[self.run]
         changes = {

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from moejax.errors import InputError
+from moejax.reports.files import replace_text
 from moejax.traces.trace import Outcome, Trace
 
 SOURCES = pathlib.Path(__file__).parent / "page"
@@ -49,19 +50,7 @@ def write_page(
             "passes (`trace.between`)"
         )
     data = base64.b64encode(gzip.compress(_packed(trace, outcome, outcome_of, text_of), mtime=0))
-    replace_file(pathlib.Path(path), _page(data.decode()))
-
-
-def replace_file(path: pathlib.Path, text: str) -> None:
-    """Write a text file that is whole or not there; InputError where that cannot be."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+    replace_text(pathlib.Path(path), _page(data.decode()))
 
 
 def _page(data: str) -> str:

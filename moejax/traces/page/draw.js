@@ -143,6 +143,20 @@ function drawCells(context, table, view, layers, high, palette) {
   for (let l = 0; high >= 5 && l <= layers; l++) context.fillRect(GUTTER, STRIP + l * high - 0.5, view.width, 1);
 }
 
+// Cells of drafts are paler: what they ran, the model has yet to run.
+function fadeDrafts(context, table, view, layers, high, palette) {
+  const step = Math.max(1, view.span / view.width);
+  context.fillStyle = palette.paper;
+  context.globalAlpha = 0.6;
+  for (let at = Math.floor(view.first); at < Math.min(view.first + view.span, table.columns.count); at += step) {
+    const column = Math.floor(at);
+    const right = view.x(Math.min(Math.ceil(at + step), table.columns.count));
+    const left = view.x(column);
+    if (table.drafted(column)) context.fillRect(left, STRIP, right - left, layers * high);
+  }
+  context.globalAlpha = 1;
+}
+
 // Cells that are large enough show the share of each code by width.
 function drawShares(context, table, view, layers, high, palette, from, to) {
   for (let column = from; column < to; column++) {

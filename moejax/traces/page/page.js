@@ -235,8 +235,8 @@ class Page {
     const per = this.choice.by;
     if (reusing) {
       const label = `distinct experts per ${per}, all layers`;
-      const amount = { label, short: "experts", above: table.needed, text: (n) => n.toLocaleString("en") };
-      this.curves = [share, amount];
+      const text = (n) => n.toLocaleString("en");
+      this.curves = [share, { label, short: "experts", above: table.needed, below: table.own, text }];
       return;
     }
     const size = data.recordBytes;
@@ -267,6 +267,7 @@ class Page {
     if (data.accepted.includes(0)) {
       items.push(element("li", {}, rejectedMark(), "under the phases: rejected drafts"));
     }
+    if (table.faded) items.push(element("li", { id: "apart" }, "paler, and in no rate: drafts"));
     const rule = "in a cell of several experts the most frequent but a hit, stronger the larger their share";
     items.push(element("li", { class: "faint" }, rule));
     $("legend").replaceChildren(...items);
@@ -308,6 +309,7 @@ class Page {
       clipped(context, view, layersHigh + STRIP + AXIS, () => {
         drawStrip(context, table, view, palette);
         drawCells(context, table, view, data.layers, this.high, palette);
+        fadeDrafts(context, table, view, data.layers, this.high, palette);
         drawSelection(context, view, data.layers, this.high, this.selected, palette);
       });
       const size = Number($("window").value);

@@ -2,6 +2,7 @@
 "use strict";
 
 const PHASES = ["prefill", "decode", "draft", "verify"];
+const DRAFT = 2; // a guess at what the model will do: no use of an expert by the model itself
 
 // What a pick can be, by code; `good` ones count as hits, those that are not `known` do not count.
 const OUTCOMES = [
@@ -31,6 +32,10 @@ function reuse(data, recent) {
       for (let k = 0; k < top; k++, i++) {
         if (picks[i] < 0) continue;
         const id = layer * experts + picks[i];
+        if (data.phase[row] === DRAFT) {
+          codes[i] = last[id] < 0 ? 2 : run[row] - last[id] <= recent ? 1 : 3;
+          continue;
+        }
         if (last[id] !== run[row]) {
           before[id] = last[id];
           last[id] = run[row];
@@ -62,6 +67,10 @@ function chooseColumns(data, choice) {
 class Table {
   constructor(data, columns, codes, kinds) {
     Object.assign(this, { data, columns, codes, kinds });
+    this.apart = columns.rows.some((row) => data.phase[row] !== DRAFT);
+    this.own = new Uint32Array(columns.count + 1); // columns that are not of drafts, from the left
+    for (let c = 0; c < columns.count; c++) this.own[c + 1] = this.own[c] + !this.drafted(c);
+    this.faded = this.own[columns.count] < columns.count;
     this.stride = columns.count + 1;
     this.sums = kinds.map(() => new Uint32Array(data.layers * this.stride));
     const seen = new Int32Array(data.experts).fill(-1);
@@ -91,15 +100,22 @@ class Table {
     }
   }
 
-  // Sums over layers of the codes that pass a test, from the left: [columns + 1].
+  // Whether a column is of drafts, beside others that are not.
+  drafted(column) {
+    return this.apart && this.data.phase[this.columns.rows[this.columns.starts[column]]] === DRAFT;
+  }
+
+  // Sums over layers of the codes that pass a test, from the left, drafts left out: [columns + 1].
   total(test) {
     const sums = new Float64Array(this.stride);
     this.kinds.forEach((kind, code) => {
       if (!test(kind)) return;
-      for (let layer = 0; layer < this.data.layers; layer++) {
-        for (let c = 0; c < this.stride; c++) sums[c] += this.sums[code][layer * this.stride + c];
+      for (let c = 0; c < this.columns.count; c++) {
+        if (this.drafted(c)) continue;
+        for (let layer = 0; layer < this.data.layers; layer++) sums[c + 1] += this.of(code, layer, c, c + 1);
       }
     });
+    for (let c = 1; c < this.stride; c++) sums[c] += sums[c - 1];
     return sums;
   }
 

@@ -1,0 +1,25 @@
+"""Text files that are written whole or not at all."""
+
+import os
+import pathlib
+
+from moejax.errors import InputError
+
+
+def replace_text(path: pathlib.Path, text: str) -> None:
+    """Write a text file as a whole or not at all; one that it replaces keeps its mode.
+
+    Raises:
+        InputError: it cannot be written; what was there stays, and nothing is left beside it.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            unfinished.write_text(text, encoding="utf-8")
+            if path.exists():
+                unfinished.chmod(path.stat().st_mode & 0o777)
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}") from error
