@@ -11,8 +11,8 @@ Expected:  the median error in the summary. Tokens of the embedded model take mo
 Hit rates are those to expect by the routing of other models (the embedded model's own curve is left
 out), of the random model those of uniform routing. "At the measured hit rate" leaves only the error
 of the arithmetic. Runs were under other load and at other times than the machine's measurement,
-whose stream reads alone varied by 40 % within the peers' record. Runs of `residency` also asked for
-the log-probabilities of five tokens beside each, which a plan does not count.
+whose stream reads alone varied by 40 % within the peers' record. Rows "given tokens" chose no token
+(`smoe_ablation`, `smoe_disk`), so choosing one is left out of their predictions.
 """
 
 import argparse
@@ -29,8 +29,8 @@ from moejax.formats import quant_format
 from moejax.models import config_from_hf
 from moejax.models.transformer import Decoder
 from moejax.planner import machines, predict, reuse
+from moejax.planner.layout import behind, chunk_of, read, work_of
 from moejax.planner.machines import Machine
-from moejax.planner.plan import chunk_of, read, work_of
 from moejax.planner.predict import Work
 from moejax.policies.policy import policy
 from moejax.units import parse_bytes
@@ -41,9 +41,9 @@ EMBEDDED = "embedded model"
 LIMIT = 0.25
 
 
-def record(name: str) -> dict[str, Any]:
-    """A record in `results/`."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
+def record(name: str, folder: pathlib.Path) -> dict[str, Any]:
+    """A record in a folder."""
+    return json.loads((folder / f"{name}.json").read_text())
 
 
 def work(config: Any, quant: str | None, context: int) -> Work:
@@ -81,54 +81,96 @@ def row(
     }
 
 
-def embedded(machine: Machine) -> list[dict[str, Any]]:
-    """The embedded model under budgets: copies within memory, a paced link, the disk."""
-    config = read("tiny").config
-    sizes = (config.num_moe_layers, config.num_experts, config.top_k)
-    curves = [curve for curve in reuse.curves() if curve.model != EMBEDDED]
-    of_model = work(config, None, 512)
-    rows = []
+class Embedded:
+    """The embedded model's measured times beside their predictions."""
+
+    def __init__(self, machine: Machine, folder: pathlib.Path):
+        config = read("tiny").config
+        self.machine, self.folder = machine, folder
+        self.sizes = (config.num_moe_layers, config.num_experts, config.top_k)
+        self.curves = [curve for curve in reuse.curves() if curve.model != EMBEDDED]
+        self.work = work(config, None, 512)
 
     def compare(
-        what: str, on: Machine, tier: str, found: dict, at: float, kind: str = EMBEDDED
-    ) -> None:
-        slots = found["slots"]
-        hits = reuse.expected(slots, *sizes, known=curves).middle
+        self, what: str, found: dict, at: float, tier: str, on: Machine | None = None, **how: Any
+    ) -> dict[str, Any]:
+        """One row.
+
+        Args:
+            found: slots, hit rate and milliseconds, as measured.
+            at: tokens in the KV cache, in the mean.
+            how: of `predict.token`.
+        """
+        on = on or self.machine
+        hits = reuse.expected(found["slots"], *self.sizes, known=self.curves).middle
         times, known = (
-            predict.token(of_model, on, tier, rate, at) for rate in (hits, found["hit_rate"])
+            predict.token(self.work, on, tier, rate, at, **how)
+            for rate in (hits, found["hit_rate"])
         )
-        text = f"embedded model, {what}"
         rates = (found["hit_rate"], hits) if tier != "resident" else (1.0, 1.0)
-        rows.append(row(kind, text, found["tpot_ms"], times, on, tier, *rates, known))
+        kind = EMBEDDED if how.get("drawn", True) else f"{EMBEDDED}, given tokens"
+        return row(kind, f"{kind}, {what}", found["tpot_ms"], times, on, tier, *rates, known)
 
-    for found in record("residency")["rows"]:
-        tier = "resident" if found["residency"] == 1 else "memory"
-        what = f"{found['residency']:.1%} resident, copies, log-probabilities"
-        compare(what, machine, tier, found, 80, f"{EMBEDDED}, log-probabilities")
-    ablation, disk = record("smoe_ablation"), record("smoe_disk")
-    link = tiers.parse_link(ablation["link"]["link"])
-    rate = {"link_gb_per_s": link.gigabytes_per_second, "link_latency_us": link.latency_us}
-    paced = dataclasses.replace(machine, link="paced link", **rate)
-    for share in (0.25, 0.4, 0.6):
-        [found] = [
-            r
-            for r in ablation["rows"]
-            if (r["name"], r["residency"], r["batch"]) == ("lru", share, 1)
+    def residency(self) -> list[dict[str, Any]]:
+        """Copies within memory, with five log-probabilities beside each token."""
+        return [
+            self.compare(
+                f"{found['residency']:.1%} resident, copies",
+                *(found, 80, "resident" if found["residency"] == 1 else "memory"),
+            )
+            for found in record("residency", self.folder)["rows"]
         ]
-        compare(f"{share:.0%} resident, paced link", paced, "link", found, 96)
-    [found] = [r for r in ablation["rows"] if (r["name"], r["batch"]) == ("all resident", 1)]
-    compare("all resident", machine, "resident", found, 96)
-    [found] = [r for r in disk["rows"] if r["name"] == "lru"]
-    compare("40% resident, disk", machine, "disk", found, 96)
-    return rows
+
+    def given(self) -> list[dict[str, Any]]:
+        """Given tokens over a paced link and from the disk."""
+        ablation = record("smoe_ablation", self.folder)
+        paced = behind(self.machine, tiers.parse_link(ablation["link"]["link"]), self.work)
+        alone = [r for r in ablation["rows"] if r["batch"] == 1]
+        rows = [
+            self.compare(
+                f"{found['residency']:.0%} resident, paced link",
+                found,
+                96,
+                "link",
+                paced,
+                drawn=False,
+            )
+            for found in alone
+            if found["name"] == "lru"
+        ]
+        [found] = [r for r in alone if r["name"] == "all resident"]
+        rows.append(self.compare("all resident", found, 96, "resident", drawn=False))
+        disk = record("smoe_disk", self.folder)["rows"]
+        [found] = [r for r in disk if r["name"] == "lru"]
+        return [*rows, self.compare("40% resident, disk", found, 96, "disk", drawn=False)]
+
+    def frontier(self) -> list[dict[str, Any]]:
+        """Generated tokens over a paced link, with all misses moved and with a split."""
+        report = record("speculation_frontier", self.folder)
+        paced = behind(self.machine, tiers.parse_link(report["link"]), self.work)
+        layers, experts, _ = self.sizes
+        rows = []
+        for name, hosted in (("lru", False), ("auto:gamma=0", True), ("all resident", False)):
+            for found in report["rows"]:
+                if found["name"] != name or found["gamma"] != "":
+                    continue
+                share = found["residency"]
+                about = found | {
+                    "slots": int(share * layers * experts + 1e-9),
+                    "hit_rate": found["hits"] / found["needed"],
+                }
+                where = ("resident", None) if share == 1 else ("link", paced)
+                what = f"{share:.1%} resident, paced link, {name}"
+                rows.append(self.compare(what, about, 96, *where, hosted=hosted))
+        return rows
 
 
-def random(machine: Machine) -> list[dict[str, Any]]:
+def random(machine: Machine, folder: pathlib.Path) -> list[dict[str, Any]]:
     """The random model of 1.72 B parameters: tokens, prompts, and a memory limit."""
     config = config_from_hf(random_model.make_config())
     total = config.num_moe_layers * config.num_experts
     rows = []
-    for found in record("peers_cpu")["rows"]:
+    for found in record("peers_cpu", folder)["rows"]:
         if found["peer"] not in PEERS:
             continue
         count = int(found["test"][2:])
@@ -142,12 +184,12 @@ def random(machine: Machine) -> list[dict[str, Any]]:
             each = {f.name: getattr(whole, f.name) / count for f in dataclasses.fields(whole)}
             times, kind = predict.Times(**each), "1.72 B, prompts, per token"
         rows.append(row(kind, what, found["ms_per_token"], times, machine, "resident"))
-    return sorted(rows, key=lambda r: (r["kind"], r["what"])) + [limited(machine, config)]
+    return sorted(rows, key=lambda r: (r["kind"], r["what"])) + [limited(machine, config, folder)]
 
 
-def limited(machine: Machine, config: Any) -> dict[str, Any]:
+def limited(machine: Machine, config: Any, folder: pathlib.Path) -> dict[str, Any]:
     """The same model with most experts on the disk."""
-    report = record("peers_cpu_limited")
+    report = record("peers_cpu_limited", folder)
     [found] = [r for r in report["limited"] if r["peer"] == "moejax bf16"]
     options = json.loads(report["command"].split("--moejax-options ")[1].split(" --out")[0])
     model = Decoder(config, "bfloat16", None, devices.kernels(None))
@@ -165,10 +207,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="no different")
     parser.add_argument("--hardware", default="server-2core", help="a preset or a JSON file")
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder of records")
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
     machine = machines.machine(options.hardware)
-    rows = embedded(machine) + random(machine)
+    found = Embedded(machine, options.results)
+    rows = found.residency() + found.given() + found.frontier()
+    rows += random(machine, options.results)
     errors = [abs(r["error"]) for r in rows]
     known = [abs(r["error_with_hit_rate"]) for r in rows if r["error_with_hit_rate"] is not None]
     kinds = dict.fromkeys(r["kind"] for r in rows)

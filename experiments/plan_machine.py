@@ -5,9 +5,11 @@ Hardware:  any CPU and disk, quiet; 2 cores take 2 minutes; 2 GiB of memory and 
 Expected:  a machine that `moejax plan --hardware FILE` reads.
 
 Constants: models with hardly any weights and few or many layers are timed, and a line through their
-times gives the time of a step and of a layer. Disk: random reads past the page cache by as many
-threads as the engine has, of a small and a large size; a line through their times gives the rate
-and the latency, both per record.
+times gives the time of a step and of a layer. Choosing a token: what a generated token takes more
+than a given one, of vocabularies of several sizes; the slope of a line through that. Kernels: the
+times of one expert for 1 to 64 tokens, in each format, of `moejax bench hw`. Disk: random reads
+past the page cache by as many threads as the engine has, of a small and a large size; a line
+through their times gives the rate and the latency, both per record.
 """
 
 import argparse
@@ -26,25 +28,56 @@ from experiments import random_model
 from moejax import bench, devices, measure, tiers
 from moejax.models import config_from_hf
 from moejax.planner import machines
-from moejax.reports import documents as report_documents
+from moejax.reports.files import replace_text
 
 TINY = {"width": 64, "experts": 8, "top_k": 2, "expert_width": 32, "heads": 2, "kv_heads": 1}
 LAYERS = (2, 6, 18)
+VOCABULARY = 512  # of those
+VOCABULARIES = (VOCABULARY, 4096, 32768)
+FORMATS = ("bfloat16", "int8", "int4g32")
+TOKENS = 100
 READS = (128 << 10, 4 << 20)  # bytes of one read
 FILE = 1 << 30
 
 
-def constants(folder: pathlib.Path, reps: int) -> tuple[float, float]:
-    """Microseconds of a step and of each of its layers, whatever they read."""
-    times = []
-    for layers in LAYERS:
-        config = random_model.make_config(**TINY, head_dim=32, vocab=512, layers=layers)
-        random_model.write(folder / f"layers{layers}", config)
-        runtime = moejax.load(folder / f"layers{layers}", context=128)
-        [row] = bench.bench(runtime, bench.tests([], [100]), reps=reps, bandwidth=False)
-        times.append(row["ms_per_token"] * 1e3)
-    layer_us, step_us = np.polyfit(LAYERS, times, 1)
-    return max(float(step_us), 0.0), max(float(layer_us), 0.0)
+def constants(folder: pathlib.Path, reps: int) -> tuple[float, float, float]:
+    """Microseconds of a step, of each layer, and of choosing from a thousand tokens."""
+    runtimes = {(layers, VOCABULARY): None for layers in LAYERS}
+    runtimes |= {(LAYERS[0], vocabulary): None for vocabulary in VOCABULARIES}
+    for layers, vocabulary in runtimes:
+        config = random_model.make_config(**TINY, head_dim=32, vocab=vocabulary, layers=layers)
+        path = folder / f"model{layers}-{vocabulary}"
+        random_model.write(path, config)
+        runtimes[layers, vocabulary] = moejax.load(path, context=2 * TOKENS)
+    times: dict[tuple[int, int], list[tuple[float, float]]] = {key: [] for key in runtimes}
+    for turn in range(-1, reps):
+        for key, runtime in runtimes.items():
+            found = (generated(runtime), given(runtime))
+            times[key] += [found] if turn >= 0 else []
+    each = {key: np.median(found, axis=0) * 1e6 for key, found in times.items()}
+    more = [each[LAYERS[0], vocabulary] @ (1, -1) for vocabulary in VOCABULARIES]
+    draw_us, _ = np.polyfit(np.array(VOCABULARIES) / 1e3, more, 1)
+    steps = [each[layers, VOCABULARY][0] - draw_us * VOCABULARY / 1e3 for layers in LAYERS]
+    layer_us, step_us = np.polyfit(LAYERS, steps, 1)
+    return tuple(max(float(us), 0.0) for us in (step_us, layer_us, draw_us))
+
+
+def generated(runtime: moejax.Runtime) -> float:
+    """Seconds of a greedily chosen token."""
+    ids = bench.random_ids(runtime.config.vocab_size, 1, 1, seed=0, repetition=0)
+    return bench.run_once(runtime, bench.Test("", 1, TOKENS + 1), ids).seconds / TOKENS
+
+
+def given(runtime: moejax.Runtime) -> float:
+    """Seconds of a step with a given token."""
+    state, token = runtime.init_state(), np.zeros((1, 1), np.int32)
+    state, out = runtime.decode_step(state, token)
+    out.logits.block_until_ready()
+    begun = time.perf_counter()
+    for _ in range(TOKENS):
+        state, out = runtime.decode_step(state, token)
+        out.logits.block_until_ready()
+    return (time.perf_counter() - begun) / TOKENS
 
 
 def disk(folder: pathlib.Path, seconds: float) -> tuple[float, float]:
@@ -91,13 +124,15 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
     config = config_from_hf(random_model.make_config())
-    measured = measure.hardware(config, "bfloat16", how=devices.kernels(None))
+    records = [measure.hardware(config, form, how=devices.kernels(None)) for form in FORMATS]
+    measured = records[0]
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = pathlib.Path(name)
         rate, latency = disk(folder, 2.0 if options.quick else 6.0)
-        step_us, layer_us = constants(folder, 3 if options.quick else 9)
+        step_us, layer_us, draw_us = constants(folder, 3 if options.quick else 9)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     made = machines.from_hardware(measured, base=machines.PRESETS["laptop"]())
+    kernels = {r.format: machines.from_hardware(r).kernels[r.format] for r in records}
     here = f"`python -m experiments.plan_machine`, JAX {measured.versions['jax']}"
     made = dataclasses.replace(
         made,
@@ -108,16 +143,18 @@ def main() -> None:
         disk_latency_us=latency,
         layer_us=layer_us,
         step_us=step_us,
+        kernels=kernels,
+        draw_us=draw_us,
         sources={
             **made.sources,
             "disk": f"{here}: reads of {READS[0]} and {READS[1]} bytes by {tiers.THREADS} threads",
-            "overheads": f"{here}: models of {', '.join(map(str, LAYERS))} small layers",
+            "overheads": f"{here}: models of {LAYERS} small layers and {VOCABULARIES} tokens",
             "memory": "the operating system",
         },
     )
     text = made.to_json() + "\n"
     if options.out:
-        report_documents.write(options.out, text)
+        replace_text(options.out, text)
     print(text)
 
 

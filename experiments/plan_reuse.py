@@ -27,7 +27,7 @@ import numpy as np
 from experiments.environment import environment
 from experiments.held_out import DATA
 from moejax.planner.reuse import Curve, Uses, pool_hit_rate
-from moejax.reports.documents import write
+from moejax.reports.files import replace_text
 
 TRACES = {"Qwen3-30B-A3B": ("qwen", 128), "gemma-4-26B-A4B": ("gemma", 128)}
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -131,7 +131,7 @@ def main() -> None:
     if options.out:
         options.out.write_text(text + "\n")
     if options.curves:
-        write(options.curves, json.dumps({"curves": curves}, indent=1) + "\n")
+        replace_text(options.curves, json.dumps({"curves": curves}, indent=1) + "\n")
     print(json.dumps({"summary": summary, "verdict": report["verdict"]}))
 
 

@@ -1,8 +1,11 @@
 """Where things live: memory kinds, the memory budget, and the compilation cache."""
 
+import dataclasses
+import functools
 import math
 import os
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +21,10 @@ from moejax.layout import BITS
 from moejax.models.shapes import held_parameters
 from moejax.models.transformer import Decoder
 from moejax.policies.policy import Policy
+from moejax.policies.policy import policy as named_policy
 from moejax.sampling import Sampling
-from moejax.state import ExpertStore
+from moejax.speculate import DraftModel, Speculating, Target, cycle
+from moejax.state import DecodeState, ExpertStore
 from moejax.units import format_bytes
 
 
@@ -135,8 +140,22 @@ def kv_bytes(model: Decoder, batch: int, context: int) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kv))
 
 
-def workspace_bytes(model: Decoder, policy: Policy | None, batch: int, context: int) -> int:
-    """Scratch memory that XLA's plan of the prefill step asks for, measured by compiling it."""
+def workspace_bytes(
+    model: Decoder,
+    policy: Policy | None,
+    batch: int,
+    context: int,
+    draft: Decoder | None = None,
+) -> int:
+    """Scratch memory that XLA's plans of the steps ask for, measured by compiling them.
+
+    That of the prefill step, or of a speculative cycle under a policy that drafts: the larger, as
+    one runs after the other. A cycle holds logits for every token of its verification, and of its
+    drafts where it samples.
+
+    Args:
+        draft: the model that drafts, for policies that want one.
+    """
     config = model.config
     experts = abstract_store(model) if config.moe_layers else None
 
@@ -150,9 +169,80 @@ def workspace_bytes(model: Decoder, policy: Policy | None, batch: int, context: 
     chunk = decode.LONG_CHUNK if context >= decode.LONG_FROM else decode.SHORT_CHUNK
     tokens = jax.ShapeDtypeStruct((batch, chunk), jnp.int32)
     fixed = (model, policy, abstract_params(model), experts)
-    lowered = generate_step.lower(*fixed, state, tokens, sampling, key, None)
+    needed = _scratch(generate_step.lower(*fixed, state, tokens, sampling, key, None))
+    if policy is None or not policy.speculation.max_length:
+        return needed
+    return max(needed, _cycle_bytes(model, policy, state, sampling, key, draft))
+
+
+def _cycle_bytes(
+    model: Decoder,
+    policy: Policy,
+    state: DecodeState,
+    sampling: Any,
+    key: Any,
+    draft: Decoder | None,
+) -> int:
+    """Scratch memory of the widest cycle, for sequences that sample, and the text it keeps."""
+    batch, width = state.length.shape[0], policy.speculation.max_length + 1
+    context = decode.capacity(state)
+    helper = other = None
+    if draft is not None:
+        # As a draft model is loaded: all its experts in memory, if it has any.
+        experts = abstract_store(draft) if draft.config.moe_layers else None
+        rule = None if experts is None else named_policy("lru")
+        helper = DraftModel(model=draft, policy=rule, params=abstract_params(draft), store=experts)
+        slots = draft.config.num_moe_layers * draft.config.num_experts
+        init = functools.partial(decode.init_state, draft, rule, slots=slots, batch=batch)
+        other = jax.eval_shape(lambda: init(experts, context=context))
+    text = jax.ShapeDtypeStruct((batch, context + 1), jnp.int32)
+    target = Target(
+        model=model,
+        policy=_with_distances(policy, model.config),
+        params=abstract_params(model),
+        store=abstract_store(model),
+    )
+    rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    lowered = cycle.lower(
+        target,
+        helper,
+        Speculating(state=state, draft=other, text=text, seen=None),
+        jax.ShapeDtypeStruct((), jnp.int32),
+        rows,
+        jax.ShapeDtypeStruct((batch,), jnp.bool_),
+        sampling,
+        key,
+        width=width,
+        greedy=False,
+    )
+    return _scratch(lowered) + text.size * text.dtype.itemsize
+
+
+def _with_distances(policy: Policy, config: ModelConfig) -> Policy:
+    """The policy with distances between experts [L, E, E] of no values, where drafts go by them."""
+    speculation = policy.speculation
+    router = getattr(speculation.draft, "router", None)
+    if router is None or not hasattr(router, "distance") or router.distance is not None:
+        return policy
+    shape = (config.num_moe_layers, config.num_experts, config.num_experts)
+    router = dataclasses.replace(router, distance=jax.ShapeDtypeStruct(shape, jnp.float32))
+    draft = dataclasses.replace(speculation.draft, router=router)
+    speculation = dataclasses.replace(speculation, draft=draft)
+    return dataclasses.replace(policy, speculation=speculation)
+
+
+def _scratch(lowered: Any) -> int:
     plan = lowered.compile().memory_analysis()
     return int(plan.temp_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes)
+
+
+def draft_bytes(draft: Decoder, batch: int, context: int) -> int:
+    """Bytes of a model that drafts: all its weights, and keys and values of its own."""
+    config = draft.config
+    stride = config.record_layout(draft.quant or draft.dtype).stride if config.moe_layers else 0
+    records = config.num_moe_layers * config.num_experts * stride
+    dense = dense_bytes(config, draft.dtype, draft.quant)
+    return dense + records + kv_bytes(draft, batch, context)
 
 
 def slots_for(
@@ -163,11 +253,13 @@ def slots_for(
     batch: int = 1,
     *,
     ahead: int = 0,
+    draft: Decoder | None = None,
 ) -> int:
     """Slots that fit `memory` bytes beside dense weights, KV cache and workspace.
 
     Args:
         ahead: bytes for records that are read ahead.
+        draft: a model that drafts, as `load` brings it: whole, in memory.
 
     Raises:
         BudgetError: not even one layer's top-k fits; the message lists what takes the memory.
@@ -176,8 +268,10 @@ def slots_for(
     parts = {
         "dense weights": dense_bytes(config, model.dtype, model.quant),
         f"KV cache of {batch} x {context} tokens": kv_bytes(model, batch, context),
-        "workspace": workspace_bytes(model, policy, batch, context),
+        "workspace": workspace_bytes(model, policy, batch, context, draft),
     }
+    if draft is not None:
+        parts["draft model"] = draft_bytes(draft, batch, context)
     if ahead:
         parts["records read ahead"] = ahead
     left = memory - sum(parts.values())

@@ -7,7 +7,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from moejax.cycles import Helper
 from moejax.errors import PolicyError
+from moejax.models.transformer import Decoder
 from moejax.policies.policy import Policy
 from moejax.runtime import Runtime
 
@@ -18,7 +20,6 @@ def equipped(
     runtime: Runtime,
     name: str | os.PathLike,
     draft: str | os.PathLike | None,
-    budgeted: bool,
     kernels: str | None,
     load: Callable[..., Runtime],
 ) -> Runtime:
@@ -27,7 +28,6 @@ def equipped(
     Args:
         name: what was loaded.
         draft: the model asked for, None = by default.
-        budgeted: memory is budgeted, and a draft model would not be counted.
         load: `moejax.load`.
 
     Raises:
@@ -36,20 +36,35 @@ def equipped(
     if runtime.policy is None:
         return runtime
     runtime = dataclasses.replace(runtime, policy=completed(runtime.policy, runtime))
-    wanted = getattr(runtime.policy.speculation.draft, "kind", None) == "model"
-    draft = draft or (EMBEDDED.get(str(name)) if wanted else None)
-    if draft is None and wanted:
-        raise PolicyError("this policy drafts with another model: name one as `draft`")
+    draft = wanted(runtime.policy, name, draft)
     if draft is None:
         return runtime
-    if not wanted:
-        raise PolicyError(f"no model drafts under this policy: leave out the draft {str(draft)!r}")
-    if budgeted:
-        raise PolicyError("a memory budget does not count a draft model: give slots instead")
     model = runtime.model
     other = load(draft, dtype=model.dtype, context=runtime.context, kernels=kernels)
-    other.as_helper().check(model, runtime.policy)
+    check(other.model, model, runtime.policy)
     return dataclasses.replace(runtime, draft=other)
+
+
+def wanted(
+    policy: Policy, name: str | os.PathLike, draft: str | os.PathLike | None
+) -> str | os.PathLike | None:
+    """The model that drafts under a policy: the one asked for, or the one that `name` comes with.
+
+    Raises:
+        PolicyError: none is named where one must be, or one where none drafts.
+    """
+    asked = getattr(policy.speculation.draft, "kind", None) == "model"
+    draft = draft or (EMBEDDED.get(str(name)) if asked else None)
+    if draft is None and asked:
+        raise PolicyError("this policy drafts with another model: name one as `draft`")
+    if draft is not None and not asked:
+        raise PolicyError(f"no model drafts under this policy: leave out the draft {str(draft)!r}")
+    return draft
+
+
+def check(other: Decoder, target: Decoder, policy: Policy) -> None:
+    """Raise PolicyError unless a model can draft for the target under the policy."""
+    Helper(other, None, {}, None, None).check(target, policy)
 
 
 def completed(policy: Policy, runtime: Any) -> Policy:

@@ -88,10 +88,9 @@ def load(
     budgeted = memory is not None or host_memory is not None
     chosen, context = _policy(config, policy, budgeted), decode.checked_context(config, context)
     model = Decoder(config, dtype, quant, devices.kernels(kernels))
-    if memory is not None:
-        slots = devices.slots_for(model, chosen, memory, context, batch)
-    if host_memory is not None:
-        over, slots = tiers.on_host(model, chosen, parse_bytes(host_memory), context, batch, over)
+    if budgeted:
+        helper, sizes = _helper(model, chosen, path_or_name, draft), (context, batch)
+        over, slots = _fitting(model, chosen, (memory, host_memory), sizes, over, helper)
     slots, total = _checked_slots(config, slots), config.num_moe_layers * config.num_experts
     tiers.check(over, model, chosen, virtual)
     if over and over.kind == "disk":
@@ -114,7 +113,7 @@ def load(
         tier=str(over) if over else None,
         residency_file=residency_file,
     )
-    return drafters.equipped(made, path_or_name, draft, budgeted, kernels, load)
+    return drafters.equipped(made, path_or_name, draft, kernels, load)
 
 
 def _check_arguments(dtype: str, slots: Any, device: Any, host: Any, batch: Any) -> None:
@@ -133,6 +132,42 @@ def _policy(config: ModelConfig, policy: str | Policy, budgeted: bool) -> Policy
     chosen = named_policy(policy)
     low_bits.check(chosen, budgeted)
     return chosen
+
+
+def _fitting(
+    model: Decoder,
+    policy: Policy | None,
+    budgets: tuple[int | None, int | str | None],
+    sizes: tuple[int, int],
+    over: tiers.Link | None,
+    helper: Decoder | None,
+) -> tuple[tiers.Link | None, int]:
+    """The link and the slots of a budget of device or of host memory, for a context and a batch."""
+    device, host = budgets
+    if device is not None:
+        return over, devices.slots_for(model, policy, device, *sizes, draft=helper)
+    return tiers.on_host(model, policy, parse_bytes(host), *sizes, over, helper)
+
+
+def _helper(
+    model: Decoder,
+    policy: Policy | None,
+    name: str | os.PathLike,
+    draft: str | os.PathLike | None,
+) -> Decoder | None:
+    """The model that will draft, as far as its config tells; None where none does.
+
+    Raises:
+        PolicyError: it cannot draft for this one.
+    """
+    found = None if policy is None else drafters.wanted(policy, name, draft)
+    if found is None:
+        return None
+    source = source_path(found)
+    quant = _quantised(source, None)
+    other = Decoder(config_from_hf(read_config(source)), model.dtype, quant, model.kernels)
+    drafters.check(other, model, policy)
+    return other
 
 
 def _checked_slots(config: ModelConfig, slots: int | None) -> int:

@@ -125,8 +125,12 @@ def on_host(
     context: int,
     batch: int,
     link: Link | None,
+    draft: Decoder | None = None,
 ) -> tuple[Link | None, int]:
     """The link and the slots of a budget of `memory` bytes of host memory.
+
+    Args:
+        draft: the model that drafts, if one does.
 
     Raises:
         BudgetError: not even one layer's top-k fits.
@@ -137,7 +141,7 @@ def on_host(
     if link and link.kind == "paced":
         raise InputError("a paced link keeps all experts in memory: give slots, not host_memory")
     ahead = BUFFERS * config.record_layout(model.quant or model.dtype).stride
-    slots = devices.slots_for(model, policy, memory, context, batch, ahead=ahead)
+    slots = devices.slots_for(model, policy, memory, context, batch, ahead=ahead, draft=draft)
     if slots + BUFFERS >= config.num_moe_layers * config.num_experts and link is None:
         return None, slots + BUFFERS
     return Link("disk"), slots

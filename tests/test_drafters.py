@@ -97,7 +97,7 @@ def test_the_embedded_model_brings_its_twin():
     assert loaded_with(SELF).draft is None
 
 
-def equipped(made, name="tiny", draft=None, budgeted=False, **changes):
+def equipped(made, name="tiny", draft=None, **changes):
     """`drafters.equipped` of the embedded model; also what it loaded."""
     loaded = []
 
@@ -106,7 +106,7 @@ def equipped(made, name="tiny", draft=None, budgeted=False, **changes):
         return changes.get("other") or tiny("tiny-draft")
 
     runtime = dataclasses.replace(tiny(), policy=made, context=48)
-    return drafters.equipped(runtime, name, draft, budgeted, "reference", load), loaded
+    return drafters.equipped(runtime, name, draft, "reference", load), loaded
 
 
 def test_a_draft_model_is_loaded_like_the_model():
@@ -121,8 +121,6 @@ def test_a_draft_model_is_loaded_like_the_model():
 def test_draft_models_that_cannot_be_had_are_refused():
     with pytest.raises(PolicyError, match="name one as"):
         equipped(with_draft(ModelDraft()), name="/some/where")
-    with pytest.raises(PolicyError, match="slots instead"):
-        equipped(with_draft(ModelDraft()), budgeted=True)
     config = dataclasses.replace(tiny().config, vocab_size=99)
     other = tiny("tiny-draft")
     model = other.model.clone(config=config)

@@ -6,6 +6,7 @@ import pathlib
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from moejax.planner.machines import PRESETS, machine
 from moejax.planner.plan import OFFLOADED, RESIDENT, Asked, make, read
 from moejax.planner.predict import Work
 from moejax.policies.policy import policy
-from moejax.traces.trace import Trace
+from moejax.traces.trace import Outcome, Trace
 from moejax.units import parse_bytes
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -44,6 +45,7 @@ PAGES = 4 << 30  # what a GPU's host keeps free
         {"device_memory": "40MiB"},
         {"host_memory": "14MiB", "context": 512},
         {"host_memory": "40MiB"},
+        {"device_memory": "8MiB", "context": 128, "link": "paced:0.7,0,53"},
     ],
     ids=str,
 )
@@ -52,7 +54,7 @@ def test_slots_are_those_of_loading(options, own_cache):
     plan = make(Asked(model="tiny", **options | budgets), SERVER)
     runtime = moejax.load("tiny", policy=plan.policy, **options)
     assert (plan.slots, plan.context) == (runtime.slots, runtime.context)
-    assert {"disk": "disk"}.get(plan.tier) == runtime.tier
+    assert {"disk": "disk", "link": options.get("link")}.get(plan.tier) == runtime.tier
     assert sum(plan.memory.values()) == plan.budget == [*budgets.values()][0]
     assert plan.memory["workspace and rest"] > 0
     ahead = tiers.BUFFERS * runtime.store.layout.stride if plan.tier == "disk" else 0
@@ -289,12 +291,12 @@ def test_replays_of_single_layers_are_those_published_with_the_trace(slots, rate
     assert found == pytest.approx(rate, abs=0.005)
 
 
-def made_trace(phases):
-    """Two layers of 8 experts, top-2, the same two experts again and again."""
+def made_trace(phases, picks=None):
+    """Two layers of 8 experts, top-2, the same two experts again and again or those given."""
     rows = len(phases)
     zeros = np.zeros(rows, np.int32)
-    picks = np.zeros((rows, 2, 2), np.int16)
-    picks[:, :, 1] = 1
+    if picks is None:
+        picks = np.broadcast_to(np.array([0, 1], np.int16), (rows, 2, 2))
     return Trace(
         model="made",
         experts=8,
@@ -315,9 +317,29 @@ def test_a_trace_gives_its_own_hit_rate(tmp_path):
     assert plan_commands.curve_of(tmp_path / "t.trace").model == "made"
     with pytest.raises(InputError, match="no decode step"):
         reuse.of_trace(made_trace([0, 0]))
-    plan = make(Asked(model="tiny", device_memory=6 << 20, context=128, curve=curve), SERVER)
+    plan = make(Asked(model="tiny", host_memory=12 << 20, context=128, curve=curve), SERVER)
     assert plan.hits.low == plan.hits.high and "made" in plan.hits.source
     assert plan.tpot_range_ms[0] == plan.tpot_range_ms[1]
+
+
+@pytest.mark.parametrize(
+    "signs",
+    [
+        {"about": {"exact": False}},
+        {"outcome": np.full((4, 2, 2), Outcome.SUBSTITUTE, np.uint8)},
+        {"counts": {"replaced": np.array([[0, 0], [0, 1], [0, 0], [0, 0]], np.int32)}},
+    ],
+    ids=lambda signs: next(iter(signs)),
+)
+def test_the_picks_of_a_lossy_run_are_not_taken_for_the_models_own(signs):
+    lossy = dataclasses.replace(made_trace([0, 1, 1, 1]), **signs)
+    with pytest.raises(InputError, match="lossy run and lacks"):
+        reuse.of_trace(lossy)
+    # The model's own: others in every step.
+    own = np.arange(4 * 4, dtype=np.int16).reshape(4, 2, 2) % 8
+    curve = reuse.of_trace(dataclasses.replace(lossy, exact=own))
+    assert curve.hit_rates == reuse.of_trace(made_trace([0, 1, 1, 1], own)).hit_rates
+    assert min(curve.hit_rates) < 1
 
 
 # Machines
@@ -330,6 +352,8 @@ def test_presets_are_whole_and_survive_json(name, tmp_path):
     assert made.reached.keys() == machines.REACHED.keys()
     (tmp_path / "m.json").write_text(made.to_json())
     assert machine(str(tmp_path / "m.json")) == made
+    published = [made.sources[part] for part in ("device", "link", "disk")]
+    assert made.kernels or all("https://" in s or "copies within" in s for s in published)
     if made.kind == "gpu":
         assert made.host_gb_per_s > made.rate("link") / 1e9 and made.device_gb_per_s > 200
 
@@ -348,6 +372,9 @@ def test_a_measured_record_is_a_machine(tmp_path):
     made = machine(str(tmp_path / "hw.json"))
     assert (made.rate("device"), made.rate("host"), made.rate("link")) == (3e9, 2e9, 5e9)
     assert made.flops == pytest.approx(2 * 3000 * 64 / 12.8e-6)
+    assert made.kernels == {
+        "bfloat16": {"1": pytest.approx(2e6 / 3000), "64": pytest.approx(12.8e6 / 3000)}
+    }
     assert (
         made.disk_gb_per_s == SERVER.disk_gb_per_s and "not in the record" in made.sources["disk"]
     )
@@ -360,6 +387,10 @@ def test_a_measured_record_is_a_machine(tmp_path):
         ({"device_gb_per_s": 0.0}, "positive"),
         ({"link_latency_us": -1.0}, "negative"),
         ({"reached": {}}, "neither"),
+        ({"kernels": {"int8": {"1": 0.0}}}, "positive"),
+        ({"kernels": {"int8": {}}}, "positive"),
+        ({"kernels": {"int8": {"one": 2.0}}}, "neither"),
+        ({"draw_us": -1.0}, "negative"),
         ({"name": 3}, "text"),
         ({"extra": 1}, "extra"),
     ],
@@ -416,18 +447,52 @@ def test_the_slower_policy_is_left():
 def test_a_plan_is_verified_here(monkeypatch):
     monkeypatch.setattr(plan_verify, "TOKENS", 4)
     monkeypatch.setattr(plan_verify, "ROUNDS", 1)
-    slow = {OFFLOADED: [3.0], RESIDENT: [2.0]}
-    real = plan_verify.measured
-    monkeypatch.setattr(plan_verify, "measured", lambda r: real(r) and slow)
+    real, ran = plan_verify.measured, {}
+
+    def measured(runtimes):
+        ran.update({name: (r.policy, r.slots) for name, r in runtimes.items()}, took=real(runtimes))
+        return {name: [2.0 + (name != RESIDENT)] for name in runtimes}
+
+    monkeypatch.setattr(plan_verify, "measured", measured)
     options = ["tiny", "--device-memory", "6MiB", "--context", 64, "--verify", "--json"]
     done = command(*options)
     assert done.exit_code == 0, done.output
     document = json.loads(done.stdout)
     assert document["verified"]["fell_back"] and document["policy"] == RESIDENT
+    assert "was faster than host" in document["reason"]
     assert "--policy lru " in document["command"]
-    assert document["verified"]["slots"] == document["slots"]
+    assert document["verified"]["slots"] == document["slots"] == ran[RESIDENT][1]
+    # What the plan says is lru's: misses are moved again.
+    assert not document["hosted"] and document["tpot"]["moving_ms"] > 0
+    assert ran["host"][0].placement.uses_host and not ran[RESIDENT][0].placement.uses_host
+    assert all(time > 0 for times in ran["took"].values() for time in times)
     refused = command("tiny", "--verify", "--hardware", "rtx-4090")
     assert refused.exit_code == 2 and "runs on this machine" in refused.output
+
+
+def test_policies_are_timed_by_the_token_on_text(monkeypatch, tmp_path):
+    plain, ran = moejax.load("tiny", slots=192, context=64), []
+
+    def run_once(runtime, test, ids):
+        # Three cycles made all tokens after the first.
+        ran.append((test, ids))
+        return SimpleNamespace(seconds=0.5 * len(ran), stats=SimpleNamespace(steps=3))
+
+    monkeypatch.setattr(plan_verify.bench, "run_once", run_once)
+    found = plan_verify.measured({RESIDENT: plain, "other": plain})
+    news = {test.new for test, _ in ran}
+    assert news == {32}  # half of the context
+    assert found == {
+        RESIDENT: [0.5 * n / 31 * 1e3 for n in (3, 5, 7)],
+        "other": [0.5 * n / 31 * 1e3 for n in (4, 6, 8)],
+    }
+    for turn, text in enumerate((*plan_verify.TEXTS, plan_verify.TEXTS[0])):
+        whole = plain.tokenizer.encode(text)[:32]
+        assert all(ids.tolist() == [whole] for _, ids in ran[2 * turn : 2 * turn + 2])
+        assert ran[2 * turn][0].prompt == len(whole)
+    bare = dataclasses.replace(plain, directory=tmp_path)
+    drawn = plan_verify.prompt_of(bare, 1)
+    assert drawn.shape == (1, 32) and 0 <= drawn.min() and drawn.max() < 4096
 
 
 def test_the_command_prints_the_plan_and_exits_with_codes():

@@ -35,6 +35,13 @@ def plan(
             "`moejax bench hw`; default this machine."
         ),
     ] = None,
+    link: Annotated[
+        str | None,
+        typer.Option(
+            help="Without a GPU and with --device-memory: a link in place of one's own memory, as "
+            "'paced:GB_PER_S,LATENCY_US[,HOST_US]'."
+        ),
+    ] = None,
     context: opt.Context = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt, for its time.")] = 512,
     trace: Annotated[
@@ -59,6 +66,7 @@ def plan(
     budgets = {"device_memory": device_memory, "host_memory": host_memory}
     sizes = {name: None if text is None else parse_bytes(text) for name, text in budgets.items()}
     form = {"context": context, "prompt": prompt, "dtype": dtype, "quant": quant, "group": group}
+    form["link"] = link
     show(model, hardware, sizes, form, trace, verify, json, quiet)
 
 
@@ -76,7 +84,7 @@ def show(
 
     Args:
         sizes: `device_memory` and `host_memory` in bytes.
-        form: `context`, `prompt`, `dtype`, `quant`, `group`.
+        form: `context`, `prompt`, `dtype`, `quant`, `group`, `link`.
     """
     from moejax.planner import plan as planning
     from moejax.planner.machines import PRESETS, machine
@@ -91,10 +99,12 @@ def show(
         asked = dataclasses.replace(asked, curve=curve_of(trace))
     with terminal.status("planning (compiles the prefill step for its workspace)"):
         made = planning.make(asked, known)
-    made = dataclasses.replace(made, notes=[*made.notes, *([note] if note else [])])
     checked = None
     if verify:
-        made, checked = _verified(terminal, made, sizes, form)
+        with terminal.status("planning lru in the same budget"):
+            plain = planning.make(dataclasses.replace(asked, policy=planning.RESIDENT), known)
+        made, checked = _verified(terminal, made, plain, asked)
+    made = dataclasses.replace(made, notes=[*made.notes, *([note] if note else [])])
     if as_json:
         from moejax.cli.actions import print_json
 
@@ -104,16 +114,16 @@ def show(
     _print(made, checked)
 
 
-def _verified(terminal: Any, made: Any, sizes: dict, form: dict) -> tuple[Any, Any]:
+def _verified(terminal: Any, made: Any, plain: Any, asked: Any) -> tuple[Any, Any]:
     from moejax.planner.verify import verify
 
-    given = sizes
-    if made.budget is not None and not any(sizes.values()):
+    given = {"device_memory": asked.device_memory, "host_memory": asked.host_memory}
+    if made.budget is not None and not any(given.values()):
         name = "device_memory" if made.machine.kind == "gpu" else "host_memory"
         given = {name: made.budget}
-    options = {"dtype": form["dtype"], "group": form["group"]}
+    options = {"dtype": asked.dtype, "group": asked.group, "link": asked.link}
     with terminal.progress(f"loading {made.model}") as report:
-        return verify(made, progress=report, **options, **given)
+        return verify(made, plain, progress=report, **options, **given)
 
 
 def this_machine() -> tuple[Any, str | None]:

@@ -1,9 +1,10 @@
 """What a token and a prompt take on a machine, from sizes and a hit rate: plain arithmetic.
 
 The model, which docs/planner.md compares with measurements: a step reads its weights once at the
-device's rate (or is bound by its products), every layer and step costs a constant beside that, and
-misses are fetched on demand, while nothing else runs. Everything else, overlap among it, is left
-out, so that predictions err on one known side.
+device's rate (or is bound by its products; or takes what kernels were measured to take for so many
+tokens), every layer and step costs a constant beside that, choosing a token costs by the size of
+the vocabulary, and misses are fetched on demand, while nothing else runs. Everything else, overlap
+among it, is left out.
 """
 
 import dataclasses
@@ -36,6 +37,8 @@ class Work:
     kv_bytes_per_token: float
     attention_width: int  # heads times channels
     head_weights: int = 0  # of the dense ones, the output head's: one token of a step needs it
+    vocabulary: int = 0
+    format: str = "bfloat16"  # of the experts and most other weights
 
     def kv_bytes(self, tokens: float) -> float:
         """Bytes of the keys and values of so many tokens."""
@@ -54,11 +57,15 @@ class Times:
     computing_ms: float  # products, if they take longer
     moving_ms: float  # misses, over the link or from the disk
     constant_ms: float  # per layer and step
+    kernels_ms: float = 0.0  # that measured kernels take more, or less, than both of them
+    drawing_ms: float = 0.0  # choosing the next token
+    host_ms: float = 0.0  # misses computed where they lie; with those moved, one after another
 
     @property
     def total_ms(self) -> float:
         """The time of the step or prompt."""
-        return max(self.reading_ms, self.computing_ms) + self.moving_ms + self.constant_ms
+        after = self.moving_ms + self.host_ms + self.constant_ms + self.drawing_ms
+        return max(self.reading_ms, self.computing_ms) + self.kernels_ms + after
 
     def limit(self, machine: Machine, tier: str) -> str:
         """The resource that takes most of the time, by name."""
@@ -68,7 +75,9 @@ class Times:
             memory: self.reading_ms,
             "compute": self.computing_ms,
             moving: self.moving_ms,
+            "misses computed on the host": self.host_ms,
             "launches and dispatch": self.constant_ms,
+            "choosing the token": self.drawing_ms,
         }
         return max(parts, key=parts.__getitem__)
 
@@ -77,20 +86,42 @@ class Times:
         return dataclasses.asdict(self) | {"total_ms": self.total_ms}
 
 
-def token(work: Work, machine: Machine, tier: str, hit_rate: float, position: float) -> Times:
+def token(
+    work: Work,
+    machine: Machine,
+    tier: str,
+    hit_rate: float,
+    position: float,
+    *,
+    hosted: bool = False,
+    drawn: bool = True,
+) -> Times:
     """A decode step of one sequence.
 
     Args:
         tier: one of TIERS.
         hit_rate: share of the uses of experts whose expert is in a slot.
         position: tokens whose keys and values are read.
+        hosted: misses are split between the link and the host as `split` has them.
+        drawn: the next token is chosen, greedily; False for given tokens.
     """
     uses = work.moe_layers * work.top_k
-    read = work.dense_bytes + work.kv_bytes(position) + uses * work.expert_bytes
-    weights = work.dense_weights + uses * work.expert_weights
     misses = 0.0 if tier == "resident" else uses * (1 - hit_rate)
-    products = 2 * weights + 4 * work.layers * work.attention_width * position
-    return _times(work, machine, tier, read, products, misses, steps=1)
+    share = split(work, machine, tier, misses / work.moe_layers) if hosted and misses else None
+    moved = misses if share is None else misses * share.moved
+    slots = uses - misses + moved  # uses that the device computes
+    parts = [(work.dense_weights, 1.0), (slots * work.expert_weights, 1.0)]
+    read = work.dense_bytes + work.kv_bytes(position) + slots * work.expert_bytes
+    products = 2 * sum(weights for weights, _ in parts)
+    products += 4 * work.layers * work.attention_width * position
+    moving = moving_ms(work, machine, tier, moved)
+    return Times(
+        **_reading(work, machine, read, products, parts, work.kv_bytes(position)),
+        moving_ms=moving,
+        host_ms=0.0 if share is None else max(misses * share.each_us / 1e3 - moving, 0.0),
+        constant_ms=(machine.step_us + work.layers * machine.layer_us) / 1e3,
+        drawing_ms=work.vocabulary * machine.draw_us / 1e6 if drawn else 0.0,
+    )
 
 
 def prompt(
@@ -100,40 +131,99 @@ def prompt(
 
     Experts of a chunk are as many as random choices give, which is more than text uses. Chunks go
     through the layers in turn, so slots for fewer experts than that hold nothing from one chunk to
-    the next.
+    the next. A chunk that is not full costs the dense weights as much as a full one.
 
     Args:
         chunk: tokens of one step.
         held: experts that are in slots when it begins.
     """
     steps = math.ceil(tokens / chunk)
-    distinct = work.moe_layers * work.distinct(min(tokens, chunk))
+    fed = min(tokens, chunk)
+    distinct = work.moe_layers * work.distinct(fed)
     moved = 0.0
     if tier != "resident":
         moved = max(distinct - held, 0.0) if slots >= distinct else distinct * steps
-    read = steps * (work.dense_bytes + distinct * work.expert_bytes) + work.kv_bytes(tokens)
-    weights = work.dense_weights + work.moe_layers * work.top_k * work.expert_weights
-    head = work.head_weights * (tokens - steps)
-    products = 2 * (weights * tokens - head) + 2 * work.layers * work.attention_width * tokens**2
-    return _times(work, machine, tier, read, products, moved, steps)
+    kv = work.kv_bytes(tokens)
+    read = steps * (work.dense_bytes + distinct * work.expert_bytes) + kv
+    uses = work.moe_layers * work.top_k
+    dense = work.dense_weights - work.head_weights
+    products = 2 * (dense * steps * chunk + work.head_weights * steps)
+    products += 2 * uses * work.expert_weights * tokens
+    attention = 2 * work.layers * work.attention_width * tokens**2
+    parts = [
+        (steps * dense, float(chunk)),
+        (steps * work.head_weights, 1.0),
+        (steps * distinct * work.expert_weights, tokens / steps * uses / distinct),
+    ]
+    return Times(
+        **_reading(work, machine, read, products + attention, parts, kv, attention),
+        moving_ms=moving_ms(work, machine, tier, moved),
+        constant_ms=steps * (machine.step_us + work.layers * machine.layer_us) / 1e3,
+        drawing_ms=steps * work.vocabulary * machine.draw_us / 1e6,
+    )
 
 
-def _times(
+def _reading(
     work: Work,
     machine: Machine,
-    tier: str,
     read: float,
     products: float,
-    moved: float,
-    steps: int,
-) -> Times:
-    constant = steps * (machine.step_us + work.layers * machine.layer_us)
-    return Times(
-        reading_ms=read / machine.rate("device") * 1e3,
-        computing_ms=products / machine.flops * 1e3,
-        moving_ms=moving_ms(work, machine, tier, moved),
-        constant_ms=constant / 1e3,
-    )
+    parts: list[tuple[float, float]],
+    kv: float,
+    attention: float = 0.0,
+) -> dict[str, float]:
+    """The first two times, and what measured kernels take beyond the larger.
+
+    Args:
+        parts: weights, and for how many tokens at once.
+        kv: of the bytes `read`, those that are no weights.
+        attention: of the products, those without weights.
+    """
+    reading = read / machine.rate("device") * 1e3
+    computing = products / machine.flops * 1e3
+    found = {"reading_ms": reading, "computing_ms": computing}
+    each = [machine.kernel_us(work.format, tokens) for _, tokens in parts]
+    if None in each:
+        return found
+    took = sum(weights / 1e9 * us for (weights, _), us in zip(parts, each, strict=True))
+    took += kv / machine.rate("device") * 1e3 + attention / machine.flops * 1e3
+    return found | {"kernels_ms": took - max(reading, computing)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """How a layer's misses go to the link and the host at the same time."""
+
+    moved: float  # share that is fetched
+    each_us: float  # time of a miss, in the mean, beside reading those that are fetched
+
+
+def miss_us(work: Work, machine: Machine, tier: str) -> tuple[float, float]:
+    """Microseconds of a miss: moved into a slot, and computed where its weights lie instead."""
+    host = work.expert_bytes / machine.rate("host") * 1e6
+    kernel = machine.kernel_us(work.format, 1) if machine.kind == "cpu" else None
+    if kernel is not None:
+        host = max(host, kernel * work.expert_weights / 1e6)
+    return moving_ms(work, machine, tier, 1) * 1e3, host
+
+
+def split(work: Work, machine: Machine, tier: str, misses: float) -> Split:
+    """The split of a layer's misses that ends first, the computing of what is moved included.
+
+    Moving and computing share one memory in tier "memory", so there they do not overlap, and it
+    is one or the other.
+
+    Args:
+        misses: of one layer and token, in the mean; split as the nearest whole number of them.
+    """
+    load, host = miss_us(work, machine, tier)
+    slot = work.expert_bytes / machine.rate("device") * 1e6
+    if tier == "memory":
+        return Split(0.0, host) if host < load + slot else Split(1.0, load)
+    count = max(round(misses), 1)
+    waits = [max(moved * load, (count - moved) * host) for moved in range(count + 1)]
+    moved = min(range(count + 1), key=lambda n: waits[n] + n * slot)
+    return Split(moved / count, waits[moved] / count)
 
 
 def moving_ms(work: Work, machine: Machine, tier: str, records: float) -> float:

@@ -7,12 +7,17 @@ from typing import Any
 import numpy as np
 
 from moejax import bench, loading
-from moejax.errors import InputError
+from moejax.errors import InputError, TokenizerError
 from moejax.planner.plan import RESIDENT, Plan
 from moejax.policies.policy import policy
 from moejax.runtime import Runtime
 
-TOKENS, ROUNDS = 32, 3
+TOKENS, ROUNDS = 64, 3
+TEXTS = (
+    "The old house stood at the end of the village, and nobody had lived there for years.",
+    "import os\nimport sys\n\n\ndef read_lines(path):\n    with open(path) as file:\n",
+    "Question: Anna has 12 apples and gives 5 to her brother. How many are left?\nAnswer:",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +32,13 @@ class Verified:
     said: str
 
 
-def verify(plan: Plan, *, progress: Any = None, **options: Any) -> tuple[Plan, Verified]:
-    """Run a plan's policy and `lru` in turn, and return the plan with the one that is faster.
+def verify(
+    plan: Plan, plain: Plan, *, progress: Any = None, **options: Any
+) -> tuple[Plan, Verified]:
+    """Run a plan's policy and `lru` in turn, and return the plan of the one that is faster.
 
     Args:
+        plain: the plan of `lru` in the same budget, which may have more slots.
         options: of `moejax.load`, beside those that the plan has.
 
     Raises:
@@ -49,31 +57,45 @@ def verify(plan: Plan, *, progress: Any = None, **options: Any) -> tuple[Plan, V
             f"{plan.slots} slots are planned, but this machine has room for {runtime.slots}: plan "
             "for this machine (leave --hardware out), or give the budget"
         )
-    names = list(dict.fromkeys((plan.policy, RESIDENT)))
-    runtimes = {name: dataclasses.replace(runtime, policy=policy(name)) for name in names}
-    samples = measured(runtimes)
-    chosen, verified = judged(plan.policy, samples, runtime.slots)
+    runtimes = {plan.policy: runtime}
+    if plan.policy != RESIDENT:
+        other = {"policy": policy(RESIDENT), "slots": plain.slots}
+        runtimes[RESIDENT] = dataclasses.replace(runtime, **other)
+    chosen, verified = judged(plan.policy, measured(runtimes), runtime.slots)
     if not verified.fell_back:
         return plan, verified
-    command = plan.command.replace(f"--policy {plan.policy}", f"--policy {chosen}")
+    verified = dataclasses.replace(verified, slots=plain.slots)
     reason = f"{chosen} was faster than {plan.policy} when both ran here"
-    return dataclasses.replace(plan, policy=chosen, command=command, reason=reason), verified
+    return dataclasses.replace(plain, reason=reason), verified
 
 
 def measured(runtimes: dict[str, Runtime]) -> dict[str, list[float]]:
     """Milliseconds per token of each, run in turn after a warm-up, all from the same prompts."""
+    for runtime in runtimes.values():  # drafts of all lengths would be compiled in between
+        runtime.warm_up(sampling={"temperature": 0.0})
     samples: dict[str, list[float]] = {name: [] for name in runtimes}
     context = min(runtime.context for runtime in runtimes.values())
-    new = min(TOKENS, context // 2)
-    test = bench.Test("verify", max(context - new, 1) if context < 2 * TOKENS else TOKENS, new)
+    new = max(min(TOKENS, context // 2), 2)
     for turn in range(-1, ROUNDS):
         for name, runtime in runtimes.items():
-            vocabulary = runtime.config.vocab_size
-            ids = bench.random_ids(vocabulary, 1, test.prompt, seed=0, repetition=turn + 1)
-            sample = bench.run_once(runtime, test, ids)
+            ids = prompt_of(runtime, turn + 1)[:, : max(context - new, 1)]
+            sample = bench.run_once(runtime, bench.Test("verify", ids.shape[1], new), ids)
             if turn >= 0:
-                samples[name].append(sample.seconds / max(sample.stats.steps, 1) * 1e3)
-    return {name: list(map(float, np.asarray(times))) for name, times in samples.items()}
+                samples[name].append(sample.seconds / (new - 1) * 1e3)
+    return samples
+
+
+def prompt_of(runtime: Runtime, number: int) -> np.ndarray:
+    """Token ids [1, T] of one of the TEXTS; random ones where the model has no tokenizer.
+
+    Routing and drafts of random tokens are unlike those of text.
+    """
+    try:
+        ids = runtime.tokenizer.encode(TEXTS[number % len(TEXTS)])
+    except TokenizerError:
+        fixed = (runtime.config.vocab_size, 1, TOKENS // 2)
+        return bench.random_ids(*fixed, seed=0, repetition=number)
+    return np.array([ids], np.int32)
 
 
 def judged(planned: str, samples: dict[str, list[float]], slots: int) -> tuple[str, Verified]:
