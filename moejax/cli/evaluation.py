@@ -10,8 +10,8 @@ from moejax.cli import options as opt
 Tasks = Annotated[
     str,
     typer.Option(
-        help="With commas: mmlu, gsm8k, humaneval, mbpp, gaokao, wikitext, spec_bench, which read "
-        "--data, or any task of lm-eval, if that is installed."
+        help="With commas: mmlu, gsm8k, humaneval, mbpp, gaokao, wikitext, wikitext_windows, "
+        "spec_bench, which read --data, or any task of lm-eval, if that is installed."
     ),
 ]
 Policies = Annotated[
@@ -43,6 +43,12 @@ Shared = Annotated[
 Steps = Annotated[
     bool, typer.Option("--steps", help="Feed exact policies token by token too, for their hits.")
 ]
+Chat = Annotated[
+    bool,
+    typer.Option(
+        "--chat", help="Conversations by the model's chat template, every turn; for spec_bench."
+    ),
+]
 CacheFile = Annotated[
     pathlib.Path | None, typer.Option("--cache", help="File of earlier results; has a default.")
 ]
@@ -61,6 +67,7 @@ def eval(
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 8,
     shared_cache: Shared = False,
     steps: Steps = False,
+    chat: Chat = False,
     cache: CacheFile = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep and use no results.")] = False,
     context: opt.Context = None,
@@ -80,7 +87,7 @@ def eval(
     from moejax.terminal import Terminal
 
     how = {"most": max_new_tokens, "execute": allow_code_execution}
-    score = {"batch": batch, "shared_cache": shared_cache, "steps": steps}
+    score = {"batch": batch, "shared_cache": shared_cache, "steps": steps, "chat": chat}
     wanted = {"names": tasks, "data": data, "limit": limit, "shots": shots}
     kept = {"path": cache, "none": no_cache}
     run(Terminal(quiet), model, policy, load, wanted, how, score, kept, json)
@@ -114,9 +121,10 @@ def run(
     from moejax.evaluation import cache as eval_cache
     from moejax.evaluation import report as eval_report
     from moejax.evaluation.evaluate import Scorer, with_policy
+    from moejax.evaluation.turns import conversations
 
     local, others = eval_report.chosen(**wanted)
-    eval_report.check(policies, local, how["execute"])
+    eval_report.check(policies, local, others, how["execute"], score["chat"])
     first = commands.load_model(terminal, model, policy=policies[0], virtual=True, **load)
     cache = None
     if not kept["none"]:
@@ -125,6 +133,8 @@ def run(
     for name in policies:
         with terminal.progress(f"evaluating {name}") as report:
             scorer = Scorer(with_policy(first, name), cache=cache, report=report, **score)
+            if score["chat"] and not found:
+                local = [conversations(scorer, task, how["most"]) for task in local]
             made = eval_report.results(scorer, local, others, found.get(policies[0]), wanted, how)
             found[name] = made
     settings = {**{k: v for k, v in wanted.items() if k != "data"}, **how, **score}

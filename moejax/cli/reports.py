@@ -54,6 +54,7 @@ def write(
     if check and out is not None:
         raise InputError("--check writes nothing: leave --out away")
     from moejax.reports import documents as report_documents
+    from moejax.reports.files import replace_text
     from moejax.terminal import Terminal
 
     terminal = Terminal(quiet)
@@ -65,7 +66,7 @@ def write(
     made: dict[str, Any] = {"outdated": outdated, "written": [], "left_out": {}}
     if not check:
         for path, (_, new) in changed.items():
-            report_documents.write(path, new)
+            replace_text(path, new)
             made["written"].append(str(path))
         if out is not None:
             with terminal.status("drawing"):
@@ -83,7 +84,7 @@ def _changed(
     found = {}
     for path in documents:
         try:
-            old = path.read_text()
+            old = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read {path}: {error}") from error
         try:
@@ -96,7 +97,7 @@ def _changed(
 
 
 def _write_folder(out: pathlib.Path, records: dict[str, dict], made: dict[str, Any]) -> None:
-    from moejax.reports import documents as report_documents
+    from moejax.reports.files import replace_text
     from moejax.reports.tables import has_table, lines_of
 
     out.mkdir(parents=True, exist_ok=True)
@@ -114,7 +115,7 @@ def _write_folder(out: pathlib.Path, records: dict[str, dict], made: dict[str, A
         else:
             made["left_out"][name] = why
         sections.append("\n".join(lines))
-    report_documents.write(out / "report.md", "\n\n".join(sections) + "\n")
+    replace_text(out / "report.md", "\n\n".join(sections) + "\n")
     made["written"].append(str(out / "report.md"))
 
 
@@ -139,7 +140,7 @@ def draw(name: str, record: dict[str, Any], path: pathlib.Path) -> str | None:
         else:
             return "no figure is known for it here"
         beside.replace(path)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         return f"it lacks what its figure shows: {error!r}"
     finally:
         beside.unlink(missing_ok=True)

@@ -22,6 +22,7 @@ from moejax.kernels import build
 
 FORMAT = 1  # of what is stored; another one finds nothing of this
 WHOLE = 64 << 20  # bytes up to which a file is read whole for its fingerprint
+SAMPLED = 4096  # numbers of an array, about
 ENDS = 1 << 20  # bytes that are read of the beginning and the end of larger ones
 
 
@@ -85,7 +86,7 @@ def about(runtime: Any) -> dict[str, Any]:
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
         "files": fingerprint(runtime.directory),
-        "weights": [model.dtype, model.quant, model.kernels],
+        "weights": [model.dtype, model.quant, model.kernels, sample(runtime.params)],
         "policy": policy_document(runtime.policy),
         "code": code(runtime.policy),
         "slots": runtime.slots,
@@ -93,6 +94,15 @@ def about(runtime: Any) -> dict[str, Any]:
         "context": runtime.context,
         "link": runtime.tier,
     }
+
+
+def sample(weights: Any) -> str:
+    """A digest of some of the numbers of every array: a folder may hold several GGUF files."""
+    digest = hashlib.sha256()
+    for array in map(np.asarray, jax.tree.leaves(weights)):
+        flat = array.reshape(-1)
+        digest.update(flat[:: max(flat.size // SAMPLED, 1)].tobytes())
+    return digest.hexdigest()
 
 
 def policy_document(policy: Any) -> list[Any]:
@@ -108,7 +118,7 @@ def code(policy: Any) -> str:
     files = {pathlib.Path(path) for path in _sources(policy)}
     for folder in (package, *(pathlib.Path(m.__path__[0]) for m in (kernels, checkpoints))):
         files |= {f for f in folder.rglob("*") if f.suffix in (".py", ".cc", ".h")}
-    digest = hashlib.sha256(str(build.library()).encode())
+    digest = hashlib.sha256(build.status().encode())
     for file in sorted(files):
         digest.update(str(file).encode() + file.read_bytes())
     return digest.hexdigest()

@@ -45,11 +45,11 @@ def answers(
     """
     made: list[Generated | None] = [None] * len(task.items)
     if any(item.max_new_tokens for item in task.items):
-        made = _generated(scorer, task.items, most)
+        made = generated(scorer, task.items, most)
     first = made if reference is None else [result.generated for result in reference]
     parts = [_pairs(item, text) for item, text in zip(task.items, first, strict=True)]
     scores = iter(scorer.loglikelihood([pair for pairs in parts for pair in pairs]))
-    rolled = iter(scorer.rolling([item.text for item in task.items if item.text]))
+    rolled = iter(_texts(scorer, [item for item in task.items if item.text]))
     results = []
     for item, pairs, text in zip(task.items, parts, made, strict=True):
         own = [next(rolled)] if item.text else [next(scores) for _ in pairs]
@@ -64,7 +64,14 @@ def _pairs(item: Item, first: Generated | None) -> list[tuple[str, str]]:
     return [(item.prompt, right)] if right else []
 
 
-def _generated(scorer: Scorer, items: Sequence[Item], most: int | None) -> list[Generated | None]:
+def _texts(scorer: Scorer, items: Sequence[Item]) -> list[Score]:
+    """Scores of a task's texts: all whole, or all one window of theirs."""
+    if all(item.window for item in items):
+        return scorer.windows([(item.text, item.window) for item in items])
+    return scorer.rolling([item.text for item in items])
+
+
+def generated(scorer: Scorer, items: Sequence[Item], most: int | None) -> list[Generated | None]:
     """Generated text of the items that want some, those with the same settings together.
 
     It takes half of the context at most, so that something is left of the prompt.
@@ -134,7 +141,9 @@ def compared(
     for name in results[0].grades:
         own = [result.grades[name] for result in results]
         first = [result.grades[name] for result in reference]
-        row[name] = _ratio(own, ones, seed)
+        # The mean of what is 0 or 1 is a share of items; others have a unit of their own.
+        share = {0.0, 1.0}.issuperset([*own, *first])
+        row[name] = _ratio(own, ones, seed) | {"share": share}
         row[f"{name}_change"] = _ratio(np.subtract(own, first), ones, seed)
     if results[0].answer is not None:
         flips = [a.answer != b.answer for a, b in zip(results, reference, strict=True)]
@@ -180,12 +189,12 @@ def _costs(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _perplexities(task: Task, results: Sequence[Result]) -> dict[str, float]:
-    """As lm-eval has them, of texts."""
+    """As lm-eval has them, of texts whose words and bytes are known, and by the model's tokens."""
     loss = -sum(result.score.logprob for result in results)
-    words, size = sum(i.words for i in task.items), sum(i.bytes for i in task.items)
-    return {
-        "word_perplexity": math.exp(loss / words),
-        "byte_perplexity": math.exp(loss / size),
-        "bits_per_byte": loss / size / math.log(2),
-        "token_perplexity": math.exp(loss / sum(result.score.tokens for result in results)),
-    }
+    made = {"token_perplexity": math.exp(loss / sum(result.score.tokens for result in results))}
+    if words := sum(item.words for item in task.items):
+        made["word_perplexity"] = math.exp(loss / words)
+    if size := sum(item.bytes for item in task.items):
+        made["byte_perplexity"] = math.exp(loss / size)
+        made["bits_per_byte"] = loss / size / math.log(2)
+    return made

@@ -72,6 +72,7 @@ class Scorer:
         shared_cache: lossy sequences in batches on one cache, to study what that changes. Counts
             are then each sequence's share of its batch's, and nothing is kept on the disk.
         steps: exact policies too are fed token by token, which gives their hit rate.
+        chat: prompts are text of a chat template, which holds its special tokens.
         cache: results of earlier runs.
         report: called with (done, total) requests of a call.
 
@@ -86,6 +87,7 @@ class Scorer:
         batch: int = BATCH,
         shared_cache: bool = False,
         steps: bool = False,
+        chat: bool = False,
         cache: eval_cache.Cache | None = None,
         report: Callable[[int, int], None] | None = None,
     ):
@@ -97,6 +99,7 @@ class Scorer:
         self.runtime = runtime
         self.in_steps = runtime.policy is not None and (steps or not self.exact)
         self.shared = shared_cache and self.in_steps
+        self._chat = chat
         self.batch = batch if self.shared or not self.in_steps else 1
         self._generates = batch if self.shared or not self.in_steps else 1
         self._cache = None if self.shared else cache
@@ -126,7 +129,8 @@ class Scorer:
         """Token ids of a text, a beginning that it spells out itself not doubled."""
         tokenizer = self.runtime.tokenizer
         begins = tokenizer.special_tokens.get("bos_token")
-        return tokenizer.encode(text, add_special_tokens=not (begins and text.startswith(begins)))
+        begun = self._chat or (begins and text.startswith(begins))
+        return tokenizer.encode(text, add_special_tokens=not begun)
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Token ids of both, split as in lm-eval: spaces at the context's end go over.
@@ -159,6 +163,20 @@ class Scorer:
         flat = self.score_tokens([window for text in windows for window in text])
         ends = np.cumsum([0, *map(len, windows)])
         return [total(flat[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+
+    def windows(self, texts: Sequence[tuple[str, tuple[int, int]]]) -> list[Score]:
+        """Scores of windows of texts, tokens [a, b) of each without special ones, after the first.
+
+        Raises:
+            InputError: a text is shorter.
+        """
+        tokenizer, ids = self.runtime.tokenizer, {}
+        for text in {text for text, _ in texts}:
+            ids[text] = tokenizer.encode(text, add_special_tokens=False)
+        for text, (_, end) in texts:
+            if len(ids[text]) < end:
+                raise InputError(f"a window ends at token {end} of {len(ids[text])}: lower --limit")
+        return self.score_tokens([(ids[t][a : a + 1], ids[t][a + 1 : b]) for t, (a, b) in texts])
 
     def score_tokens(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
         """Scores of continuations after contexts, both token ids; contexts are cut on the left.

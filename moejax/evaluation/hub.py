@@ -1,5 +1,6 @@
 """lm-eval's own tasks, from its hub or its files, compared like those with local data."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,8 @@ from moejax.evaluation.compare import Result
 from moejax.evaluation.evaluate import Score, Scorer, total
 from moejax.evaluation.tasks import TASKS, Item, Task
 
+# By which metrics of a text lm-eval says how long it is.
+UNITS = (("words", "word_perplexity"), ("bytes", "byte_perplexity"), ("bytes", "bits_per_byte"))
 NEEDED = "which takes lm-eval: pip install 'moejax[eval]'"
 
 
@@ -47,7 +50,7 @@ def answers(
     made = {}
     for name, samples in found["samples"].items():
         results = [_result(own, lm.scores) for own in by_document(samples)]
-        items = tuple(Item(id=result.id) for result in results)
+        items = tuple(map(_item, by_document(samples)))
         made[name] = (Task(name, items), results)
     return made
 
@@ -68,12 +71,28 @@ def by_document(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*found.values()]
 
 
+def _item(sample: dict[str, Any]) -> Item:
+    """What is known of a document beside its results: the size of one that is all text."""
+    found = Item(id=str(sample["doc_id"]))
+    sizes = {}
+    for unit, metric in UNITS:
+        given = sample.get(metric)
+        if metric in sample["metrics"] and isinstance(given, tuple | list):
+            sizes[unit] = int(given[1])  # (log-likelihood, what it is divided by)
+    if not sizes:
+        return found
+    [text] = sample["arguments"][0]
+    return dataclasses.replace(found, text=text, **sizes)
+
+
 def _result(sample: dict[str, Any], scores: dict[tuple[str, ...], Score]) -> Result:
     texts = [
         tuple(part for part in given if isinstance(part, str)) for given in sample["arguments"]
     ]
     own = [scores[text] for text in texts if text in scores]
     numbers = {name: sample[name] for name in sample["metrics"]}
+    # Of a document lm-eval's "perplexity" is the log-likelihood that it makes one of in the end.
+    numbers = {n.replace("perplexity", "loglikelihood"): v for n, v in numbers.items()}
     grades = {n: float(v) for n, v in numbers.items() if isinstance(v, int | float)}
     target, answer, right = sample["target"], None, own[0] if own else None
     likely: tuple[float, ...] = ()

@@ -52,8 +52,17 @@ def chosen(
     return [eval_tasks.load(name, data, **options) for name in local], others
 
 
-def check(policies: Sequence[str], local: Sequence[Task], execute: bool) -> None:
-    """Raise before anything is loaded if a policy is unknown or programs cannot be confined."""
+def check(
+    policies: Sequence[str],
+    local: Sequence[Task],
+    others: Sequence[str],
+    execute: bool,
+    chat: bool = False,
+) -> None:
+    """Raise before anything is loaded if a policy, a sandbox or a conversation cannot be had."""
+    plain = [task.name for task in local if not all(item.turns for item in task.items)]
+    if chat and (plain or others):
+        raise InputError(f"--chat is for spec_bench: {[*plain, *others][0]} has no conversations")
     if len(set(policies)) != len(policies):
         raise InputError(f"a policy is named twice: {', '.join(policies)}")
     for name in policies:
@@ -127,13 +136,15 @@ def _cells(row: dict[str, Any], first: bool) -> tuple[str, ...]:
     grade = next(
         (key[:-7] for key in row if key.endswith("_change") and key != "logprob_change"), ""
     )
-    score = f"{grade} {row[grade]['value']:.1%}" if grade else ""
-    if "word_perplexity" in row:
-        score = f"ppl/word {row['word_perplexity']:.4g}"
+    form = ".1%" if grade and row[grade]["share"] else ".4g"
+    score = f"{grade} {row[grade]['value']:{form}}" if grade else ""
+    for kind in ("token", "word"):
+        if f"{kind}_perplexity" in row:
+            score = f"ppl/{kind} {row[f'{kind}_perplexity']:.4g}"
     return (
         str(row["items"]),
         score,
-        "" if first or not grade else _interval(row[f"{grade}_change"], "+.1%"),
+        "" if first or not grade else _interval(row[f"{grade}_change"], f"+{form}"),
         "" if first or "flips" not in row else format(row["flips"]["value"], ".1%"),
         "" if first or "logprob_change" not in row else _interval(row["logprob_change"], "+.4f"),
         "" if not row["steps"] or "divergence" not in row else f"{row['divergence']['value']:.4f}",

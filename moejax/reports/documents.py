@@ -5,10 +5,8 @@
 """
 
 import json
-import os
 import pathlib
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -69,22 +67,10 @@ def outdated(old: str, new: str) -> list[str]:
     return [a[3] for a, b in blocks if a[0] != b[0]]
 
 
-def write(path: pathlib.Path, text: str) -> None:
-    """Replace a file as a whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.chmod(name, path.stat().st_mode & 0o777 if path.exists() else 0o644)
-        os.replace(name, path)
-    except BaseException:
-        pathlib.Path(name).unlink(missing_ok=True)
-        raise
-
-
 FIELDS = {"paper", "claim", "number", "record", "form"}
 SOURCES = {"value", "target"}
 LIMITS = {"at_least": "≥", "at_most": "≤"}
+LACKS = (KeyError, TypeError, ValueError, AttributeError)  # a record that its claim does not fit
 
 
 def read_claims(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -103,12 +89,21 @@ def read_claims(path: pathlib.Path) -> list[dict[str, Any]]:
     whole = isinstance(claims, list) and all(isinstance(c, dict) for c in claims)
     allowed = FIELDS | SOURCES | LIMITS.keys()
     if not whole or not all(
-        c.keys() >= FIELDS and c.keys() <= allowed and len(c.keys() & SOURCES) == 1 for c in claims
+        c.keys() >= FIELDS
+        and c.keys() <= allowed
+        and len(c.keys() & SOURCES) == 1
+        and all(_number(c[name]) if name in LIMITS else isinstance(c[name], str) for name in c)
+        for c in claims
     ):
         raise InputError(
-            f"{path} is no list of claims with {', '.join(sorted(FIELDS))} and value or target"
+            f"{path} is no list of claims with {', '.join(sorted(FIELDS))} and value or target, "
+            "all texts, limits being numbers"
         )
     return claims
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def claims_table(claims: Sequence[Mapping[str, Any]], records: Records) -> list[str]:
@@ -127,32 +122,48 @@ def claims_table(claims: Sequence[Mapping[str, Any]], records: Records) -> list[
 
 
 def judged(claim: Mapping[str, Any], record: Mapping[str, Any] | None) -> tuple[str, str, str]:
-    """Our number, what it is held against, and whether it holds; as text."""
+    """Our number, what it is held against, and whether it holds; as text.
+
+    Raises:
+        InputError: the record has something else where the claim looks for its number.
+    """
     try:
-        if record is None:
-            raise KeyError(claim["record"])
-        if "target" in claim:
-            found = record["targets"][claim["target"]]
-            value, limits, held = found["value"], found, bool(found["met"])
-        else:
-            value, limits = value_at(record, claim["value"]), claim
-            held = _held(value, claim, str(record.get("verdict", "")))
-    except KeyError:
-        return "", _limits(claim, claim), "not measured"
-    if value is None:
-        return "", _limits(limits, claim), "not measured"
-    try:
-        shown = claim["form"].format(value)
-    except (ValueError, TypeError) as error:
+        found = None if record is None else _found(claim, record)
+        if found is None:
+            return "", _limits(claim, claim), "not measured"
+        value, limits, held = found
+        if value is None:
+            return "", _limits(limits, claim), "not measured"
+        return claim["form"].format(value), _limits(limits, claim), "holds" if held else "**fails**"
+    except LACKS as error:
         raise InputError(
-            f"the claim {claim['claim']!r} cannot show {value!r} of {claim['record']}: {error}"
+            f"the claim {claim['claim']!r} does not fit {claim['record']}.json: {error!r}"
         ) from error
-    return shown, _limits(limits, claim), "holds" if held else "**fails**"
+
+
+def _found(claim: Mapping[str, Any], record: Mapping[str, Any]) -> tuple | None:
+    """Value, limits and verdict of a claim, None where the record has nothing of it."""
+    if "target" in claim:
+        target = record.get("targets", {}).get(claim["target"])
+        return None if target is None else (target["value"], target, _truth(target["met"]))
+    try:
+        value = value_at(record, claim["value"])
+    except KeyError:
+        return None
+    return value, claim, _held(value, claim, str(record.get("verdict", "")))
+
+
+def _truth(met: Any) -> bool:
+    if not isinstance(met, bool):
+        raise TypeError(f"a target is met or not, not {met!r:.40}")
+    return met
 
 
 def _held(value: Any, claim: Mapping[str, Any], verdict: str) -> bool:
     if value is None or not claim.keys() & LIMITS.keys():
         return verdict.startswith("holds")
+    if not _number(value):
+        raise TypeError(f"{value!r:.40} is no number to hold against a limit")
     return claim.get("at_least", value) <= value <= claim.get("at_most", value)
 
 

@@ -21,7 +21,7 @@ def value_at(record: Any, path: str) -> Any:
     for name, choice in STEP.findall(held):
         try:
             at = at[name.replace("\0", ".")] if name else _chosen(at, choice.replace("\0", "."))
-        except (KeyError, IndexError, TypeError, ValueError):
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             raise KeyError(f"{path}: nothing at {name or choice!r}") from None
     return at
 

@@ -16,7 +16,8 @@ TASKS = {
     "humaneval": ("code", "Python functions by their docstrings"),
     "mbpp": ("code", "Python functions by their tests"),
     "wikitext": ("texts", "perplexity of WikiText-2, whole articles"),
-    "spec_bench": ("texts", "first turns of Spec-Bench, no right answers"),
+    "wikitext_windows": ("texts", "perplexity of WikiText-2, windows of 512 tokens"),
+    "spec_bench": ("texts", "Spec-Bench, no right answers"),
 }
 
 
@@ -36,8 +37,10 @@ class Item:
     until: tuple[str, ...] = ()
     max_new_tokens: int = 0  # above 0: to be generated
     text: str = ""
-    words: int = 0  # of `text`, as lm-eval counts
+    words: int = 0  # of `text`, as lm-eval counts; 0 = not known
     bytes: int = 0
+    window: tuple[int, int] | None = None  # tokens of `text` to score alone, the first given
+    turns: tuple[str, ...] = ()  # of the user, where a prompt begins a conversation
     # Scores of generated text by name, the first being the task's own; see `Task.graded`.
     grade: Callable[[str], dict[str, float]] | None = None
     # What to answer to (generated text) -> (program) whose end without an error is a pass.

@@ -78,14 +78,14 @@ def gaokao(folder: pathlib.Path, limit: int | None, shots: int | None) -> Task:
     for name, content in sorted(readers.members(path)):
         if "/Objective_Questions/" in name and name.endswith(".json"):
             where = f"{name} of {path}"
-            document = readers.json_document(content, where, "example")
+            document = readers.json_document(content, where, example=list[dict])
             subject = pathlib.PurePosixPath(name).stem
             groups.append([i for row in document["example"] for i in _gaps(subject, row, where)])
     return Task("gaokao", tuple(in_turn(groups, limit)), AT_CHANCE)
 
 
 def _gaps(subject: str, row: dict, where: str) -> list[Item]:
-    readers.check_fields(row, where, "question", "answer", "index")
+    readers.check_fields(row, where, question=str, answer=list[str], index=int)
     letters = "ABCDEFG" if subject == SEVEN else LETTERS
     choices = [*letters]
     if subject == SEVERAL:

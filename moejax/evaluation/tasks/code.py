@@ -18,7 +18,7 @@ def humaneval(folder: pathlib.Path, limit: int | None, shots: int | None) -> Tas
     """
     checked_shots(shots, 0, 0, "humaneval")
     path = readers.find(folder, "HumanEval.jsonl")
-    fields = ("task_id", "prompt", "test", "entry_point", "canonical_solution")
+    names = ("task_id", "prompt", "test", "entry_point", "canonical_solution")
     items = [
         Item(
             id=row["task_id"],
@@ -29,7 +29,7 @@ def humaneval(folder: pathlib.Path, limit: int | None, shots: int | None) -> Tas
             program=_Program(row["prompt"], f"{row['test']}\ncheck({row['entry_point']})"),
             answer=str.strip,
         )
-        for row in readers.json_lines(path, *fields)[:limit]
+        for row in readers.json_lines(path, **dict.fromkeys(names, str))[:limit]
     ]
     return Task("humaneval", tuple(items))
 
@@ -41,9 +41,8 @@ def mbpp(folder: pathlib.Path, limit: int | None, shots: int | None) -> Task:
     """
     shots = checked_shots(shots, 3, 3, "mbpp")
     path = readers.find(folder, "mbpp.jsonl")
-    rows = {
-        r["task_id"]: r for r in readers.json_lines(path, "task_id", "text", "code", "test_list")
-    }
+    fields = {"task_id": int, "text": str, "code": str, "test_list": list[str]}
+    rows = {row["task_id"]: row for row in readers.json_lines(path, **fields)}
     missing = [n for n in (*MBPP_EXAMPLES[:shots],) if n not in rows]
     if missing or any(len(row["test_list"]) < 3 for row in rows.values()):
         raise InputError(f"{path} lacks worked examples or tests: copy it again")

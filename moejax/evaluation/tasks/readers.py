@@ -8,6 +8,7 @@ import json
 import lzma
 import pathlib
 import tarfile
+import typing
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +19,9 @@ LIMIT = 256 << 20  # bytes of a file once decompressed, or of all members of an 
 MEMBERS = 10_000
 OPENERS: dict[str, Callable] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 BROKEN = (OSError, EOFError, lzma.LZMAError, zlib.error, tarfile.TarError)
+# What a field may be, a list never being empty.
+KINDS = {str: "a text", int: "a whole number"}
+KINDS |= {list[str]: "a list of texts", list[dict]: "a list of objects"}
 
 
 def find(folder: pathlib.Path, *names: str) -> pathlib.Path:
@@ -55,13 +59,13 @@ def text(path: pathlib.Path) -> str:
     return _decoded(read(path), path)
 
 
-def json_lines(path: pathlib.Path, *fields: str) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; InputError if one has not all of these fields."""
+def json_lines(path: pathlib.Path, **fields: Any) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; InputError as `check_fields` for any of them."""
     rows = [
         _json(line, f"{path} line {n}") for n, line in enumerate(text(path).split("\n"), 1) if line
     ]
     for n, row in enumerate(rows, 1):
-        check_fields(row, f"{path} line {n}", *fields)
+        check_fields(row, f"{path} line {n}", **fields)
     return rows
 
 
@@ -104,17 +108,28 @@ def csv_rows(content: bytes, where: str, columns: int) -> list[list[str]]:
     return rows
 
 
-def json_document(content: bytes, where: str, *fields: str) -> dict[str, Any]:
+def json_document(content: bytes, where: str, **fields: Any) -> dict[str, Any]:
     """A JSON object with these fields; InputError for anything else."""
     document = _json(_decoded(content, where), where)
-    check_fields(document, where, *fields)
+    check_fields(document, where, **fields)
     return document
 
 
-def check_fields(row: Any, where: str, *fields: str) -> None:
-    """Raise InputError unless this is an object with these fields."""
-    if not isinstance(row, dict) or not row.keys() >= set(fields):
+def check_fields(row: Any, where: str, **fields: Any) -> None:
+    """Raise InputError unless this is an object whose fields these are, each one of KINDS."""
+    if not isinstance(row, dict) or not row.keys() >= fields.keys():
         raise InputError(f"{where} has not the fields {', '.join(fields)}: it is not the data set")
+    for name, kind in fields.items():
+        if not _fits(row[name], kind):
+            raise InputError(
+                f"{where}: {name} is {row[name]!r:.60}, not {KINDS[kind]}: it is not the data set"
+            )
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if items := typing.get_args(kind):
+        return isinstance(value, list) and bool(value) and all(_fits(v, *items) for v in value)
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _json(line: str, where: str) -> Any:

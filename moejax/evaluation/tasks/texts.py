@@ -13,6 +13,8 @@ FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 IGNORED = (",", r"\$", r"(?s).*#### ", r"\.$")
 ARTICLE = re.compile(r"^ = [^=\n]+ = $", re.MULTILINE)
 SPEC_BENCH_TOKENS = 1024
+WINDOW = 512  # tokens of `wikitext_windows`
+LONGEST = 8  # characters per token, on average, of any tokenizer for English
 
 
 def gsm8k(folder: pathlib.Path, limit: int | None, shots: int | None) -> Task:
@@ -21,10 +23,11 @@ def gsm8k(folder: pathlib.Path, limit: int | None, shots: int | None) -> Task:
     Source: lm-eval's tasks/gsm8k/gsm8k.yaml and its default sampler.
     """
     path = readers.find(folder, "gsm8k_test.jsonl")
-    rows = readers.json_lines(path, "question", "answer")[:limit]
+    rows = readers.json_lines(path, question=str, answer=str)[:limit]
     train, drawn = [], random.Random(SEED)
     if shots != 0:
-        train = readers.json_lines(readers.find(folder, "gsm8k_train.jsonl"), "question", "answer")
+        path = readers.find(folder, "gsm8k_train.jsonl")
+        train = readers.json_lines(path, question=str, answer=str)
     shots = checked_shots(shots, 5, len(train), "gsm8k")
     items = []
     for i, row in enumerate(rows):
@@ -79,11 +82,10 @@ def wikitext(folder: pathlib.Path, limit: int | None, shots: int | None) -> Task
     Source: lm-eval's tasks/wikitext.
     """
     checked_shots(shots, 0, 0, "wikitext")
-    whole = readers.text(readers.find(folder, "wikitext2_test.txt"))
+    whole = _wikitext(folder)
     starts = [found.start() for found in ARTICLE.finditer(whole)]
     ends = [*starts[1:], len(whole)]
     pages = [whole[a:b] for a, b in zip(starts, ends, strict=True)][:limit]
-    note = "this copy says <unk> for rare words: not comparable with lm-eval's, which is raw"
     items = [
         Item(
             id=str(i),
@@ -93,7 +95,32 @@ def wikitext(folder: pathlib.Path, limit: int | None, shots: int | None) -> Task
         )
         for i, page in enumerate(pages)
     ]
-    return Task("wikitext", tuple(items), note if "<unk>" in whole else "")
+    return Task("wikitext", tuple(items), _unknown_words(whole))
+
+
+def _wikitext(folder: pathlib.Path) -> str:
+    return readers.text(readers.find(folder, "wikitext2_test.txt"))
+
+
+def _unknown_words(whole: str) -> str:
+    note = "this copy says <unk> for rare words: not comparable with lm-eval's, which is raw"
+    return note if "<unk>" in whole else ""
+
+
+def wikitext_windows(folder: pathlib.Path, limit: int | None, shots: int | None) -> Task:
+    """WikiText-2, test split, as it is, cut into windows of 512 tokens of the model.
+
+    The first token of each is given. Perplexity per token so is the custom of papers on weights
+    in fewer bits; it depends on the tokenizer. Without a limit there are so many windows that any
+    tokenizer fills them.
+    """
+    checked_shots(shots, 0, 0, "wikitext_windows")
+    whole = _wikitext(folder)
+    count = limit or len(whole) // (LONGEST * WINDOW)
+    items = [
+        Item(id=str(i), text=whole, window=(i * WINDOW, (i + 1) * WINDOW)) for i in range(count)
+    ]
+    return Task("wikitext_windows", tuple(items), _unknown_words(whole))
 
 
 REPLACED = (("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."))
@@ -126,14 +153,18 @@ def detokenized(page: str) -> str:
 
 
 def spec_bench(folder: pathlib.Path, limit: int | None, shots: int | None) -> Task:
-    """Spec-Bench's prompts, the first turn of each, categories in turn; there are no answers."""
+    """Spec-Bench's prompts, the first turn of each, categories in turn; there are no answers.
+
+    `moejax.evaluation.turns` makes conversations of them.
+    """
     checked_shots(shots, 0, 0, "spec_bench")
     path = readers.find(folder, "spec_bench_question.jsonl")
     groups: dict[str, list[Item]] = {}
-    for row in readers.json_lines(path, "question_id", "category", "turns"):
+    for row in readers.json_lines(path, question_id=int, category=str, turns=list[str]):
         item = Item(
             id=f"{row['category']}/{row['question_id']}",
             prompt=row["turns"][0],
+            turns=tuple(row["turns"]),
             max_new_tokens=SPEC_BENCH_TOKENS,
         )
         groups.setdefault(row["category"], []).append(item)
