@@ -196,7 +196,7 @@ def require_package(path: Path) -> None:
     except ImportError as error:
         raise InputError(
             f"{path} holds quantised tensors, which need another package to be read: "
-            "`pip install moejax[gguf]`"
+            "`pip install gguf`"
         ) from error
 
 

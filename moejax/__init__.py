@@ -1,6 +1,7 @@
 """Run, study and compare Mixture-of-Experts language models whose experts do not fit the device."""
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 _PUBLIC = {
@@ -22,6 +23,12 @@ _PUBLIC = {
     "prefill": "decode",
 }
 __all__ = sorted(_PUBLIC)
+
+if importlib.util.find_spec("moejax.kernels") is None:
+    raise ImportError(
+        "this is moejax's source folder, which hides an installed moejax and is not whole without "
+        "an installation: `pip install -e '.[test]'` in it, or run elsewhere"
+    )
 
 if TYPE_CHECKING:
     from moejax.config import ModelConfig as ModelConfig

@@ -301,5 +301,5 @@ def check_room(
     if most > limit:
         raise InputError(
             f"{most} tokens do not fit the context of {limit}: shorten the prompt, ask "
-            "for fewer new tokens or raise `context`"
+            "for fewer new tokens or raise --context (context)"
         )

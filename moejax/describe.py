@@ -18,6 +18,7 @@ from moejax.models import config_from_hf, family
 from moejax.models.family import weight_map
 from moejax.models.shapes import parameter_shapes
 from moejax.models.transformer import Decoder
+from moejax.policies.policy import policy as named_policy
 
 KINDS = {"converted": "converted by moejax", "orbax": "Orbax", "hf": "Hugging Face safetensors"}
 MOST_BUDGETS = 10
@@ -26,7 +27,7 @@ KV_TOKENS = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """What one device budget holds; XLA's workspace, measured when loading, is not counted."""
+    """What one device budget holds."""
 
     budget: int  # bytes
     slots: int  # experts resident at once
@@ -51,6 +52,7 @@ class Description:
     kv_bytes_per_1k_tokens: int
     tensors: int
     stored: dict[str, int]  # bytes by dtype as they lie in the files
+    workspace_bytes: int | None  # XLA's, under the policy of the budgets
     fits: tuple[Fit, ...]
 
     @property
@@ -63,11 +65,15 @@ class Description:
         return dataclasses.asdict(self) | {"all_experts_bytes": self.all_experts_bytes}
 
 
-def describe(directory: pathlib.Path, context: int | None = None) -> Description:
+def describe(
+    directory: pathlib.Path, context: int | None = None, policy: str | None = None
+) -> Description:
     """Describe a model directory without reading a weight.
 
     Args:
         context: tokens whose KV cache each budget must hold; default the model's, at most 4096.
+        policy: whose steps are compiled for the workspace that budgets must hold, as loading does;
+            None gives no budgets.
 
     Raises:
         MoejaxError: the config or a header is malformed, or they do not fit each other.
@@ -86,6 +92,12 @@ def describe(directory: pathlib.Path, context: int | None = None) -> Description
     expert = 3 * config.width * config.expert_width
     experts = config.num_moe_layers * config.num_experts
     record = config.record_layout(quant or dtype).stride if experts else 0
+    workspace, fitting = None, ()
+    if policy is not None and experts:
+        run = dataclasses.replace(model, kernels=devices.kernels(None))
+        workspace = devices.workspace_bytes(run, named_policy(policy), 1, context)
+        fixed = dense_bytes + devices.kv_bytes(run, 1, context) + workspace
+        fitting = fits(fixed, record, config.top_k, experts)
     return Description(
         directory=str(directory),
         kind=kind,
@@ -101,12 +113,8 @@ def describe(directory: pathlib.Path, context: int | None = None) -> Description
         kv_bytes_per_1k_tokens=devices.kv_bytes(model, 1, KV_TOKENS),
         tensors=count,
         stored=dict(stored),
-        fits=fits(
-            dense_bytes + devices.kv_bytes(model, 1, context),
-            record,
-            config.top_k,
-            experts,
-        ),
+        workspace_bytes=workspace,
+        fits=fitting,
     )
 
 

@@ -145,7 +145,7 @@ def _devices() -> tuple[str, str]:
     shown = f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
     shown += f", memory kinds {', '.join(kinds)}"
     if devices[0].platform == "cpu" and allocator.gpu_memory():
-        return "warn", f"{shown}; there is an NVIDIA GPU: pip install 'moejax[cuda]'"
+        return "warn", f"{shown}; there is an NVIDIA GPU: pip install 'jax[cuda12]'"
     if devices[0].platform != "cpu" and "pinned_host" not in kinds:
         return "fail", f"{shown}; experts need pinned_host memory, update JAX and the driver"
     return "ok", shown

@@ -43,3 +43,10 @@ class NonFiniteError(MoejaxError):
 
 class HubError(MoejaxError):
     """A model could not be downloaded."""
+
+
+def unreadable(path: object, error: Exception) -> str:
+    """One line about a file that cannot be read, which names it once."""
+    if isinstance(error, FileNotFoundError):
+        return f"there is no file {path}"
+    return f"cannot read {path}: {getattr(error, 'strerror', None) or error}"

@@ -38,6 +38,16 @@ def resolve(path_or_name: str | os.PathLike, *, download: bool = True) -> pathli
     return _download(name, download)
 
 
+def _why(online: bool) -> str:
+    """Why a model that is not in the cache is not downloaded, and what to do."""
+    if online:
+        return (
+            "it cannot be downloaded now (offline, or HF_HUB_OFFLINE is set): give a local "
+            "directory, or go online once"
+        )
+    return "this command downloads nothing: give a local directory, or run `hf download` first"
+
+
 def _download(name: str, online: bool) -> pathlib.Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -50,8 +60,7 @@ def _download(name: str, online: bool) -> pathlib.Path:
         )
     except LocalEntryNotFoundError as error:
         raise HubError(
-            f"{name} is not in the local cache and cannot be downloaded now (offline, or "
-            "HF_HUB_OFFLINE is set); give a local directory, or go online once"
+            f"{name} is no directory here and no model in the local cache, and {_why(online)}"
         ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]

@@ -120,7 +120,10 @@ def _check_arguments(dtype: str, slots: Any, device: Any, host: Any, batch: Any)
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if sum(budget is not None for budget in (slots, device, host)) > 1:
-        raise BudgetError("give only one of device_memory, host_memory and slots")
+        raise InputError(
+            "give only one of --slots (slots), --device-memory (device_memory) and --host-memory "
+            "(host_memory)"
+        )
     if not isinstance(slots, int | None) or not isinstance(batch, int) or batch < 1:
         raise InputError(f"slots and batch must be whole numbers, not {slots!r} and {batch!r}")
 
@@ -176,7 +179,8 @@ def _checked_slots(config: ModelConfig, slots: int | None) -> int:
     slots = total if slots is None else min(slots, total)
     if config.moe_layers and slots < config.top_k:
         raise BudgetError(
-            f"{slots} slots cannot hold the top-{config.top_k} of one layer: give {config.top_k}"
+            f"{slots} slots cannot hold the top-{config.top_k} of one layer: give at "
+            f"least {config.top_k}"
         )
     return slots
 

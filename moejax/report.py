@@ -32,9 +32,8 @@ def stats_rows(runtime: Any) -> list[tuple[str, str]]:
         rows.append(("time per output token", f"{stats.tpot * 1e3:.2f} ms ({rate})"))
     rows += _drafts(stats)
     if total:
-        slots = runtime.slots_in_use
-        rows.append(("experts resident", f"{slots} of {total} ({slots / total:.0%})"))
-        rows += [*_hits(stats), *_traffic(stats, runtime.tier)]
+        rows += [("experts resident", _resident(runtime, total)), *_hits(stats)]
+        rows += _traffic(stats, runtime)
     if runtime.tier:
         waited = f"waited {stats.stall_seconds / max(stats.steps, 1) * 1e3:.2f} ms per decode step"
         rows.append(("link", f"{runtime.tier}, {waited}"))
@@ -70,22 +69,50 @@ def _hits(stats: Any) -> list[tuple[str, str]]:
     return rows
 
 
-def _traffic(stats: Any, tier: str | None) -> list[tuple[str, str]]:
+def _resident(runtime: Any, total: int) -> str:
+    stats, slots = runtime.stats, runtime.slots_in_use
+    if _in_place(runtime):
+        return f"all {total} fit: weights are read in place"
+    moved, hits = stats.fetched + stats.prefetched, stats.hits + stats.prefill_hits
+    if stats.host and not moved and not hits and runtime.residency_file is None:
+        empty = f"0 of {slots} slots filled: this policy fills none by itself"
+        return f"{empty}, give --residency-file to begin with some"
+    return f"{slots} of {total} ({slots / total:.0%})"
+
+
+def _in_place(runtime: Any) -> bool:
+    """Whether every expert has its slot, and nothing would be copied."""
+    experts = runtime.config.num_moe_layers * runtime.config.num_experts
+    return runtime.stats.virtual and runtime.slots_in_use == experts
+
+
+def _traffic(stats: Any, runtime: Any) -> list[tuple[str, str]]:
     before = format_bytes(stats.prefill_moved * stats.record_bytes)
     each = format_bytes(stats.bytes_per_step or 0)
-    name = "would be copied" if stats.virtual else "read" if tier == "disk" else "copied"
+    name = "would be copied" if stats.virtual else "read" if runtime.tier == "disk" else "copied"
     rows = [(f"expert bytes {name}", f"{before} in prefill, {each} per decode step")]
-    if stats.prediction_precision is not None:
-        said = f"{stats.prediction_precision:.0%} of the predicted experts were needed"
-        if stats.prefetch_use is not None:
-            fetched = stats.prefetched - stats.prefill_prefetched
-            said += f", {stats.prefetch_use:.0%} of {fetched} records used"
-        rows.append(("prefetch", said))
+    if _in_place(runtime) and not stats.bytes_moved:
+        rows = []
+    rows += _ahead(stats, runtime.policy)
     if stats.host:
         rows.append(("experts on the host", f"{stats.host}, prefill included"))
     costs = {"record over the link": stats.load_us, "expert on the host": stats.host_us}
     known = [f"{name} {cost:.0f} us" for name, cost in costs.items() if cost is not None]
     return [*rows, ("live costs", ", ".join(known))] if known else rows
+
+
+def _ahead(stats: Any, policy: Any) -> list[tuple[str, str]]:
+    """What came of prefetches, or of what a foresight alone brought in after steps."""
+    if stats.prediction_precision is None:
+        return []
+    used = ""
+    if stats.prefetch_use is not None:
+        fetched = stats.prefetched - stats.prefill_prefetched
+        used = f"{stats.prefetch_use:.0%} of {fetched} records used"
+    if not policy.predictor.horizon and not policy.foresight.drafts:
+        return [("brought in between steps", used)] if used else []
+    said = f"{stats.prediction_precision:.0%} of the predicted experts were needed"
+    return [("prefetch", f"{said}, {used}" if used else said)]
 
 
 def _drift(stats: Any) -> list[tuple[str, str]]:

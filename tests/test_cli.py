@@ -150,11 +150,11 @@ def test_stop_ends_the_text(model):
         (2, ("generate", "a", "--context", 100000), "context"),
         (2, ("generate", "a", "--temperature", -1), "temperature"),
         (2, ("generate", "a", "--device-memory", "lots"), "not a size"),
-        (2, ("generate", "a", "--file", "/does/not/exist"), "cannot read"),
+        (2, ("generate", "a", "--file", "/does/not/exist"), "there is no file /does/not/exist\n"),
         (3, ("generate", "a", "--model", "/does/not/exist"), "no directory"),
         (4, ("generate", "a", "--slots", 1), "slots cannot hold"),
         (4, ("generate", "a", "--device-memory", "10kB"), "too little"),
-        (4, ("generate", "a", "--device-memory", "1GB", "--slots", 4), "only one of"),
+        (2, ("generate", "a", "--device-memory", "1GB", "--slots", 4), "only one of --slots"),
     ],
 )
 def test_errors_are_one_line_and_a_code(model, code, arguments, said):
@@ -360,6 +360,35 @@ def test_inspect_counts_from_headers_alone(model, monkeypatch):
     assert document["kv_bytes_per_1k_tokens"] == kv.keys.nbytes + kv.values.nbytes
     assert document["all_experts_bytes"] == runtime.store.records.nbytes
     assert ok("inspect", model).stdout.count("bfloat16") == 1
+
+
+def test_loading_gives_the_slots_that_inspect_promises():
+    document = json.loads(ok("inspect", "tiny", "--context", 128, "--json").stdout)
+    for fit in document["fits"][:2]:
+        runtime = moejax.load("tiny", device_memory=fit["budget"], context=128)
+        assert runtime.slots == fit["slots"]
+
+
+def test_a_run_says_what_became_of_its_slots():
+    options = ("-m", "tiny", "--context", 128, "-n", 4)
+    shown = ok("generate", "The sea", *options, "--slots", 500).stderr
+    assert "--slots 500: there are 192 experts" in shown and "expert bytes" not in shown
+    assert "all 192 fit: weights are read in place" in " ".join(shown.split())
+    shown = ok("generate", "The sea", *options, "--slots", 76, "--policy", "host").stderr
+    assert "0 of 76 slots filled" in shown and "--residency-file" in shown
+    shown = ok("generate", "The sea", *options, "--slots", 76, "--policy", "auto").stderr
+    assert "76 of 192 (40%)" in shown and "predicted" not in shown
+
+
+def test_no_limit_is_shown_and_taken_as_all():
+    shown = " ".join(ok("policies").stdout.split())
+    assert "limit=all, cutoff=all" in shown and str(2**30) not in shown
+    from moejax.policies.policy import policy
+
+    given, own = (policy(f"sp-moe{numbers}") for numbers in (":limit=all,cutoff=all", ""))
+    assert given.foresight.limit == own.foresight.limit == 2**30
+    with pytest.raises(errors.PolicyError, match="gamma of policy 'sp-moe' must be"):
+        policy("sp-moe:gamma=all")
 
 
 def test_inspect_refuses_what_does_not_fit(model, tmp_path):

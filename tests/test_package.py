@@ -192,6 +192,12 @@ def installed(wheel, tmp_path_factory):
     return target
 
 
+def test_a_clone_that_is_not_installed_says_what_to_do():
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import moejax"
+    done = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True)
+    assert done.returncode and "pip install -e" in done.stderr
+
+
 def elsewhere(installed, *arguments):
     """Run Python with the installed wheel, far from the repository."""
     environment = {**os.environ, "PYTHONPATH": str(installed)}

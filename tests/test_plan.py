@@ -111,6 +111,7 @@ def test_the_pinned_pool_is_raised_where_it_must_be():
     assert int(plan.environment["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"]) >= records / 2**30
     assert plan.environment["XLA_CLIENT_MEM_FRACTION"].startswith("0.95")
     assert any("raised" in note for note in plan.notes)
+    assert any("no GPU has confirmed it" in note for note in plan.notes)
     assert plan.limit == "link (PCIe 4.0 x16)"
 
 

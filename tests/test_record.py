@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import sys
 
 import numpy as np
@@ -11,6 +12,7 @@ from cli_models import write_model
 from typer.testing import CliRunner
 
 import moejax
+from moejax.cli import trace_actions
 from moejax.cli.traces import app
 from moejax.errors import InputError, NonFiniteError, PolicyError
 from moejax.kernels import build
@@ -373,6 +375,12 @@ def test_the_command_writes_what_it_recorded(directory, tmp_path):
     said, trace = json.loads(done.stdout), Trace.load(out)
     assert said["rows"] == {"prefill": 4, "decode": trace.rows - 4} and said["bytes"] > 0
     assert sum(said["outcomes"].values()) == pytest.approx(1)
+    page = pathlib.Path(trace_actions.__file__).parents[1] / "traces" / "page" / "table.js"
+    kinds = page.read_text().partition("const OUTCOMES")[2].partition("];")[0]
+    labels = re.findall(r'name: "(\w+)", label: "([^"]+)"', kinds)
+    assert dict(labels) == trace_actions.OUTCOMES
+    again = CliRunner().invoke(app, ["record", str(out), *texts, *options, *base[:-1]])
+    assert "of all picks" in again.stderr and "miss, moved" in again.stderr
     assert trace.top_ids.shape[2] == 4 and trace.resident is not None
     assert trace.about["policy"] == "lru" and trace.about["virtual"] and trace.about["slots"] == 5
     assert trace.about["dataset"] == "set.jsonl" and trace.of_sequences(1).rows == 6

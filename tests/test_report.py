@@ -95,10 +95,10 @@ def test_a_document_is_written_and_then_checked(folder):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda f: (f / "made.json").unlink(), "cannot read"),
+        (lambda f: (f / "made.json").unlink(), "there is no file"),
         (lambda f: (f / "made.json").write_text("{"), "cannot read"),
         (lambda f: (f / "made.json").write_text("[1]"), "no JSON object"),
-        (lambda f: (f / "page.md").unlink(), "cannot read"),
+        (lambda f: (f / "page.md").unlink(), "there is no file"),
         (lambda f: (f / "made.json").rename(f / "residency.json"), "no made.json was given"),
         (lambda f: (f / "made.json").write_text(json.dumps(record(table={}))), "does not fit"),
     ],
@@ -112,6 +112,13 @@ def test_bad_input_is_said_and_nothing_is_written(folder, change, said):
     found = command(folder / f"{name}.json", *documents)
     assert found.exit_code == 2 and said in " ".join(found.output.split())
     assert {f.name: f.read_text() for f in folder.iterdir()} == before
+
+
+def test_a_missing_record_is_said_before_what_else_is_missing(folder):
+    found = command(folder / "nothere.json")
+    assert found.exit_code == 2 and "there is no file" in found.output
+    found = command(folder / "made.json")
+    assert found.exit_code == 2 and "give --readme FILE" in found.output
 
 
 def test_a_document_that_cannot_be_replaced_stays_alone(folder, monkeypatch):

@@ -228,7 +228,7 @@ def test_budget_in_bytes(directory, batch, slots):
 def test_budgets_that_are_too_small(directory):
     with pytest.raises(BudgetError, match="dense weights.*KV cache.*workspace.*give at least"):
         moejax.load(directory, device_memory="20kB", context=128)
-    with pytest.raises(BudgetError, match="only one of"):
+    with pytest.raises(InputError, match=r"only one of --slots \(slots\)"):
         moejax.load(directory, device_memory="3MB", slots=4)
     with pytest.raises(BudgetError, match="top-2"):
         moejax.load(directory, slots=1)
@@ -294,7 +294,7 @@ def test_bad_loads_are_refused(directory, tmp_path, monkeypatch):
         moejax.load(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(HubError, match="not in the local cache"):
+    with pytest.raises(HubError, match="no directory here and no model in the local.*go online"):
         moejax.load("nobody/no-such-model")
 
 

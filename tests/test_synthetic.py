@@ -241,13 +241,14 @@ def run(*arguments):
 
 
 def test_the_command_writes_what_it_says(tmp_path):
+    changed = "layers=2, experts=8, top_k=2"
     small = ("--layers", 2, "--experts", 8, "--top-k", 2, "--seed", 4)
     done = run(tmp_path / "a.npz", "--tokens", 600, "--sequence", 300, "--json", *small)
     assert done.exit_code == 0, done.stderr
     document = json.loads(done.stdout)
     made = Trace.load(tmp_path / "a.npz")
     assert made.about["process"] == document["process"] and made.rows == document["rows"] == 600
-    assert made.model == document["model"] == "synthetic: qwen3-30b-a3b, changed"
+    assert made.model == document["model"] == f"synthetic: qwen3-30b-a3b with {changed}"
     wanted = dataclasses.replace(PRESETS["qwen3-30b-a3b"], layers=2, experts=8, top_k=2)
     picks = generate(wanted, 600, sequence_tokens=300, seed=4).picks
     np.testing.assert_array_equal(made.picks, picks)

@@ -135,7 +135,7 @@ def test_damage_on_the_disk_is_one_clear_error(tmp_path, resident):
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        ({"host_memory": "1GiB", "slots": 8}, BudgetError, "one of"),
+        ({"host_memory": "1GiB", "slots": 8}, InputError, "one of"),
         ({"host_memory": "1GiB", "link": "paced:1,1"}, InputError, "give slots"),
         ({"link": "disk", "slots": 8, "virtual": True}, InputError, "leave the link out"),
         ({"kernels": "cuda"}, InputError, "native"),

@@ -206,7 +206,7 @@ def test_tune_says_that_the_check_missed(monkeypatch):
         (("alpha", "--tpot-budget", 5, "--policy", "smoe:width=3"), "no number 'width'"),
         (("alpha", "--tpot-budget", 5, "--prompt", "a", "--file", "b"), "--prompt or --file"),
         (("alpha", "--tpot-budget", 5, "--prompt", ""), "empty"),
-        (("alpha", "--tpot-budget", 5, "--file", "/does/not/exist"), "cannot read"),
+        (("alpha", "--tpot-budget", 5, "--file", "/does/not/exist"), "there is no file"),
     ],
 )
 def test_what_cannot_be_tuned_is_one_line(arguments, said, monkeypatch):

@@ -7,10 +7,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from moejax.errors import CheckpointError, InputError
+from moejax.errors import CheckpointError, InputError, unreadable
 from moejax.report import show_stats, stats_document
 from moejax.terminal import Terminal, table
 from moejax.units import format_bytes, parse_bytes
+
+BUDGET_POLICY = "lru"  # of `inspect`: the default of `generate`
 
 
 def load_model(terminal: Terminal, model: str, **options: Any) -> Any:
@@ -27,7 +29,10 @@ def load_model(terminal: Terminal, model: str, **options: Any) -> Any:
                 terminal.note(build.status())
                 options["kernels"] = "reference"
     with terminal.progress(f"loading {model}") as report:
-        return load(model, progress=report, **options)
+        runtime = load(model, progress=report, **options)
+    if (asked := options.get("slots") or 0) > runtime.slots and runtime.policy is not None:
+        terminal.note(f"--slots {asked}: there are {runtime.slots} experts, and all fit")
+    return runtime
 
 
 def warm_up(
@@ -64,7 +69,7 @@ def read_prompts(given: Sequence[str], files: Sequence[pathlib.Path]) -> list[st
         InputError: no prompt, an empty one, or a file that cannot be read.
     """
     try:
-        prompts = [*given, *(file.read_text().removesuffix("\n") for file in files)]
+        prompts = [*given, *(_text_of(file) for file in files)]
         if not prompts and not sys.stdin.isatty():
             prompts = [sys.stdin.read().removesuffix("\n")]
     except (OSError, UnicodeDecodeError) as error:
@@ -74,6 +79,13 @@ def read_prompts(given: Sequence[str], files: Sequence[pathlib.Path]) -> list[st
     if not all(prompts):
         raise InputError("a prompt is empty: give at least one character")
     return prompts
+
+
+def _text_of(path: pathlib.Path) -> str:
+    try:
+        return path.read_text().removesuffix("\n")
+    except OSError as error:
+        raise InputError(unreadable(path, error)) from error
 
 
 def generate(
@@ -161,10 +173,13 @@ def _part_document(part: Any) -> dict[str, Any]:
 def inspect(terminal: Terminal, model: str, context: int | None, verify: bool, as_json: bool):
     """Describe a model directory; with `verify`, read it all."""
     from moejax import describe as facts
+    from moejax.devices import use_compilation_cache
     from moejax.hub import resolve
 
     directory = resolve(model, download=False)
-    described = facts.describe(directory, context)
+    use_compilation_cache()
+    with terminal.status("measuring the workspace (compiles the prefill step)"):
+        described = facts.describe(directory, context, BUDGET_POLICY)
     verified = None
     if verify:
         with terminal.progress(f"verifying {model}") as report:
@@ -181,8 +196,9 @@ def inspect(terminal: Terminal, model: str, context: int | None, verify: bool, a
     if described.fits:
         rows = [(format_bytes(f.budget), f.slots, f"{f.share:.0%}") for f in described.fits]
         console.print()
-        console.print(table(("--device-memory", "slots at most", "experts resident"), rows))
-        note = f"context {described.context}; XLA's workspace, measured at loading, comes on top"
+        console.print(table(("--device-memory", "slots", "experts resident"), rows))
+        workspace = format_bytes(described.workspace_bytes)
+        note = f"context {described.context}, batch 1, {BUDGET_POLICY}; XLA's workspace {workspace}"
         console.print(note, style="dim")
 
 

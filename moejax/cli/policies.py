@@ -156,12 +156,15 @@ def policies(as_json: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from moejax.policies.draft_presets import ALL
+
     shown = Table(box=None, header_style="dim")
     for name in ("policy", "result"):
         shown.add_column(name, no_wrap=True)
     shown.add_column("what it does, and its numbers", overflow="fold")
     for row in rows:
-        numbers = ", ".join(f"{name}={value}" for name, value in row["numbers"].items())
+        shown_as = {n: "all" if v == ALL else v for n, v in row["numbers"].items()}
+        numbers = ", ".join(f"{name}={value}" for name, value in shown_as.items())
         about = escape(row["description"]) + (f"\n[dim]{escape(numbers)}[/]" if numbers else "")
         shown.add_row(row["name"], {True: "exact", False: "lossy", None: "-"}[row["exact"]], about)
     console = Console(highlight=False)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from moejax.cli import options as opt
-from moejax.errors import InputError
+from moejax.errors import InputError, unreadable
 
 CLONE = pathlib.Path(__file__).resolve().parents[2]
 
@@ -49,16 +49,16 @@ def write(
         documents: Markdown files whose marked tables are written anew.
         check: only compare the documents' tables with the records.
     """
-    if not documents and (check or out is None):
-        raise InputError("nothing to do: give --readme FILE, --out DIR, or both")
-    if check and out is not None:
-        raise InputError("--check writes nothing: leave --out away")
     from moejax.reports import documents as report_documents
     from moejax.reports.files import replace_text
     from moejax.terminal import Terminal
 
     terminal = Terminal(quiet)
     records = report_documents.read_records(files)
+    if not documents and (check or out is None):
+        raise InputError("nothing to do: give --readme FILE, --out DIR, or both")
+    if check and out is not None:
+        raise InputError("--check writes nothing: leave --out away")
     changed = _changed(documents, records)
     outdated = {
         str(path): report_documents.outdated(old, new) for path, (old, new) in changed.items()
@@ -86,7 +86,7 @@ def _changed(
         try:
             old = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read {path}: {error}") from error
+            raise InputError(unreadable(path, error)) from error
         try:
             new = report_documents.filled(old, records, path.parent)
         except InputError as error:

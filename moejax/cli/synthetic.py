@@ -88,7 +88,8 @@ def _synthesize(
         name = preset or next(iter(synthetic.PRESETS))
         process, model = synthetic.preset(name), name
     if changes:
-        process, model = dataclasses.replace(process, **changes), f"{model}, changed"
+        said = ", ".join(f"{name}={value:g}" for name, value in changes.items())
+        process, model = dataclasses.replace(process, **changes), f"{model} with {said}"
     trace = synthetic.generate(process, tokens, model=model, **shape)
     trace.save(out)
     document = {"file": str(out), "model": trace.model, "rows": trace.rows, **trace.about}
@@ -119,7 +120,7 @@ def _print(document: dict[str, Any], found: Any) -> None:
                 ],
             )
         )
-    console.print(f"\n{document['rows']} rows, synthetic: {document['file']}", soft_wrap=True)
+    console.print(f"\n{document['file']}: {document['rows']} tokens, synthetic", soft_wrap=True)
 
 
 def _number(value: float | None) -> str:

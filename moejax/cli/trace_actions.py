@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from moejax.cli import actions as commands
-from moejax.errors import InputError
+from moejax.errors import InputError, unreadable
 from moejax.terminal import Terminal, facts_table, table
 from moejax.traces.file import read_header
 from moejax.traces.importers import OPENERS, read
@@ -17,6 +17,16 @@ from moejax.traces.trace import Outcome, Phase, Trace
 from moejax.units import format_bytes
 
 PROMPT_TOKENS = 64
+# What the page calls them, too; it counts the distinct experts of a pass instead of picks.
+OUTCOMES = {
+    "unknown": "unknown",
+    "hit": "hit",
+    "miss": "miss, moved",
+    "prefetched": "hit by a prefetch",
+    "host": "miss, on the host",
+    "substitute": "substituted",
+    "low": "from low bits",
+}
 
 
 def texts(
@@ -54,7 +64,7 @@ def _of_set(path: pathlib.Path, field: str, limit: int | None) -> list[str]:
                     text = line.strip() if plain.suffix == ".txt" else _field(line, field, where)
                     found.append(text)
     except (OSError, EOFError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+        raise InputError(unreadable(path, error)) from error
     if not found:
         raise InputError(f"{path} holds no texts")
     return found
@@ -166,7 +176,8 @@ def _write(terminal: Terminal, trace: Trace, out: pathlib.Path, as_json: bool) -
         ("passes", str(trace.passes)),
     ]
     if hits:
-        rows.append(("picks", ", ".join(f"{n:.1%} {name}" for name, n in hits.items())))
+        shares = [f"{n:.1%} {OUTCOMES[name]}" for name, n in hits.items()]
+        rows.append(("of all picks", "; ".join(shares)))
     terminal.facts(rows)
 
 
@@ -198,8 +209,18 @@ def part(path: pathlib.Path, start: int, stop: int | None) -> Trace:
     return trace.between(start, trace.passes if stop is None else stop)
 
 
+def note_written(terminal: Terminal, out: pathlib.Path, advice: str) -> None:
+    """Say on stderr what was written, and what to do with it."""
+    terminal.note(f"{out}: {format_bytes(out.stat().st_size)}, {advice}")
+
+
 def view(
-    path: pathlib.Path, out: pathlib.Path, start: int, stop: int | None, model: str | None
+    terminal: Terminal,
+    path: pathlib.Path,
+    out: pathlib.Path,
+    start: int,
+    stop: int | None,
+    model: str | None,
 ) -> None:
     """Write the page of a trace, with the text of its tokens if `model` has a tokenizer for it."""
     from moejax.hub import resolve
@@ -214,6 +235,7 @@ def view(
             return tokenizer.decode([number], skip_special_tokens=False)
 
     write_page(trace, out, text_of=text_of)
+    note_written(terminal, out, "open it in a browser")
 
 
 def info(path: pathlib.Path, as_json: bool) -> None:

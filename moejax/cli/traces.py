@@ -186,11 +186,13 @@ def view(
     text_of: Annotated[
         str | None, typer.Option(help="A model whose tokenizer turns token ids into text.")
     ] = None,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Write a page to look at a trace with, layers by steps, in any browser."""
     from moejax.cli import trace_actions
+    from moejax.terminal import Terminal
 
-    trace_actions.view(file, out, start, stop, text_of)
+    trace_actions.view(Terminal(quiet), file, out, start, stop, text_of)
 
 
 @command("perfetto")
@@ -199,9 +201,12 @@ def perfetto(
     out: Annotated[pathlib.Path, typer.Argument(help="The new .json file.")],
     start: Start = 0,
     stop: Stop = None,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Write the timeline of link, host and device, for ui.perfetto.dev."""
     from moejax.cli import trace_actions
+    from moejax.terminal import Terminal
     from moejax.traces import perfetto
 
     perfetto.write(trace_actions.part(file, start, stop), out)
+    trace_actions.note_written(Terminal(quiet), out, "open it at ui.perfetto.dev")

@@ -260,7 +260,7 @@ class Scorer:
         if not rest or not context or len(rest) > self.max_length:
             raise InputError(
                 f"a continuation has 1 to {self.max_length} tokens after a context of at least "
-                f"one, not {len(rest)} after {len(context)}: raise `context`"
+                f"one, not {len(rest)} after {len(context)}: raise --context (context)"
             )
         fed = [*context, *rest][-(self.max_length + 1) :][:-1]
         return tuple(map(int, fed)), [int(token) for token in rest]

@@ -59,7 +59,9 @@ def score(runtime: Any, sequences: list[np.ndarray], *, in_steps: bool) -> list[
     if in_steps and (runtime.policy is None or not runtime.virtual):
         raise InputError("steps are scored with the weights of experts in place: set virtual=True")
     if not rows or not all(0 < len(row) <= runtime.context for row in rows):
-        raise InputError(f"sequences must have 1 to {runtime.context} tokens: raise `context`")
+        raise InputError(
+            f"sequences must have 1 to {runtime.context} tokens: raise --context (context)"
+        )
     longest = max(map(len, rows))
     doublings = ((longest - 1) // LEAST_CONTEXT).bit_length()
     context = min(LEAST_CONTEXT << doublings, runtime.context)

@@ -11,7 +11,7 @@ from moejax.evaluation.tasks import TASKS, Item, Task
 
 # By which metrics of a text lm-eval says how long it is.
 UNITS = (("words", "word_perplexity"), ("bytes", "byte_perplexity"), ("bytes", "bits_per_byte"))
-NEEDED = "which takes lm-eval: pip install 'moejax[eval]'"
+NEEDED = "which takes lm-eval: pip install lm-eval"
 
 
 def check(names: Sequence[str]) -> None:

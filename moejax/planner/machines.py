@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moejax.errors import InputError
+from moejax.errors import InputError, unreadable
 from moejax.hardware import Hardware
 from moejax.units import parse_bytes
 
@@ -214,7 +214,7 @@ def machine(name_or_file: str) -> Machine:
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+        raise InputError(unreadable(path, error)) from error
     return parse_machine(text, str(path))
 
 

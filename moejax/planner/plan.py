@@ -90,7 +90,7 @@ def make(asked: Asked, planned_for: Machine) -> Plan:
     if asked.prompt < 1:
         raise InputError(f"a prompt has at least one token, not {asked.prompt}")
     if planned_for.kind == "cpu" and None not in (asked.device_memory, asked.host_memory):
-        raise InputError("without a GPU give only one of device_memory and host_memory")
+        raise InputError("without a GPU give only one of --device-memory and --host-memory")
     context = decode.checked_context(config, asked.context)
     formats = FORMATS if asked.quant is None and not source.fixed else (asked.quant,)
     failures: list[BudgetError] = []
@@ -228,6 +228,8 @@ def _notes(asked: Asked, machine: Machine, layout: Layout, cut: bool, chosen: Pr
             " results a little"
         )
     notes += chosen.against
+    if machine.kind == "gpu":
+        notes.append("the GPU path is written, but no GPU has confirmed it yet, nor these times")
     if layout.tier == "link" and not layout.link:
         pinned = layout.total * layout.record
         limit = allocator.DEFAULT_HOST_LIMIT << 30

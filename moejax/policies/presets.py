@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from moejax.errors import PolicyError
 from moejax.policies.alternatives import CacheBoost, LowBitFallback
 from moejax.policies.draft_presets import (
+    ALL,
     auto,
     auto_lossy,
     lookup,
@@ -270,7 +271,8 @@ def build(name: str, make: Callable[..., Policy], numbers: str) -> Policy:
                 f"policy {name!r} has no number {key!r}; it has: {', '.join(known) or 'none'}"
             )
         try:
-            given[key] = int(text) if isinstance(known[key].default, int) else float(text)
+            whole = ALL if text == "all" and known[key].default == ALL else text
+            given[key] = int(whole) if isinstance(known[key].default, int) else float(text)
         except ValueError:
             kind = "whole number" if isinstance(known[key].default, int) else "number"
             raise PolicyError(f"{key} of policy {name!r} must be a {kind}, not {text!r}") from None

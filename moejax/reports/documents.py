@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moejax.errors import InputError
+from moejax.errors import InputError, unreadable
 from moejax.reports.paths import value_at
 from moejax.reports.tables import lines_of
 
@@ -29,7 +29,7 @@ def read_records(files: Sequence[pathlib.Path]) -> dict[str, dict[str, Any]]:
         try:
             found = json.loads(file.read_text())
         except (OSError, ValueError) as error:
-            raise InputError(f"cannot read {file}: {error}") from error
+            raise InputError(unreadable(file, error)) from error
         if not isinstance(found, dict):
             raise InputError(f"{file} holds no JSON object: give records of experiments")
         if file.stem in records:

@@ -20,7 +20,7 @@ def figure(columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError("figures need matplotlib: pip install 'moejax[plots]'") from None
+        raise InputError("figures need matplotlib: pip install matplotlib") from None
     made = Figure(figsize=size, layout="constrained")
     axes = made.subplots(1, columns, squeeze=False)[0]
     for axis in axes:

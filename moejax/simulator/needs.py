@@ -110,7 +110,8 @@ def check(
     if prefetch == "own" and asks_model(policy, layers, experts):
         raise PolicyError(
             f"policy {name!r} predicts from hidden states, which traces do not hold: replay it "
-            "without its prefetch (none) or with one that is always right (oracle)"
+            "without its prefetch (--prefetch none) or with one that is always right (--prefetch "
+            "oracle)"
         )
 
 

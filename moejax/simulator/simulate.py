@@ -283,7 +283,7 @@ def _accessed(
     if not plain or made.speculation.max_length:
         raise PolicyError(
             f"policy {name!r} does more than evict, which one access after another cannot show: "
-            "use engine semantics"
+            "use --semantics engine"
         )
     if name == "lru":
         capacities = [_capacity(trace, number, asked) for number in slots]
@@ -292,7 +292,7 @@ def _accessed(
         single = accesses.one_by_one(trace, asked.per_layer)
         size = single.experts
         if needs.reads_scores(made, layers, size):
-            raise PolicyError(f"policy {name!r} reads router scores: use engine semantics")
+            raise PolicyError(f"policy {name!r} reads router scores: use --semantics engine")
         room = [min(number, trace.layers * trace.experts) for number in slots]
         own = [dataclasses.replace(made, capacity=jnp.int32(number)) for number in room]
         setting = replay.Setting(experts=size, check=asked.check)

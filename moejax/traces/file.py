@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from moejax.errors import InputError
+from moejax.errors import InputError, unreadable
 from moejax.traces.form import (
     COLUMNS,
     COUNT,
@@ -131,7 +131,7 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple[zipfile.ZipFile, dict[str
             _check_members(path, archive, os.fstat(file.fileno()).st_size)
             yield archive, _header(path, archive)
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+        raise InputError(unreadable(path, error)) from error
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise InputError(
             f"{path} is not a trace, or only a part of one ({error}): record, import or copy it "

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from moejax.errors import InputError
+from moejax.errors import InputError, unreadable
 from moejax.traces.form import MOST_EXPERTS, MOST_LAYERS
 from moejax.traces.trace import Outcome, Phase, Trace
 
@@ -54,7 +54,7 @@ def read(path: str | os.PathLike, *, experts: int | None = None, name: str | Non
                 return _big_moe(lines, experts, name)
             return _table(lines, _csv_rows(lines), experts, name)
     except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+        raise InputError(unreadable(path, error)) from error
 
 
 class _Lines:

@@ -264,6 +264,8 @@ class Page {
       const marks = { "data-kind": kind.name, "data-count": counts[code] };
       items.push(element("li", marks, chip(kind.name), `${label} (${share})`));
     });
+    const counted = `shares of the distinct experts of each ${this.choice.by} and layer`;
+    items.push(element("li", { class: "faint" }, counted));
     if (data.accepted.includes(0)) {
       items.push(element("li", {}, rejectedMark(), "under the phases: rejected drafts"));
     }
