@@ -40,7 +40,8 @@ from moejax.traces import record
 from moejax.traces.trace import Trace, concatenated
 
 LINKS = {"paced:8,10": "#CC79A7", "paced:2,20": "#0072B2", "paced:0.5,20": "#E69F00"}
-LINKS |= {"disk": "#009E73"}
+DISK = "disk"
+LINKS |= {DISK: "#009E73"}
 RESIDENCIES = (0.25, 0.4, 0.6)
 POLICIES = ("lru", "score-window:window=32", "decayed-lfu")
 QUICK = {"windows": 1, "tokens": 128, "rounds": 3, "timed": 32}
@@ -91,14 +92,29 @@ def link_times(runtime: moejax.Runtime, seed: int) -> tuple[float, float]:
     return float(slope), max(float(rest) - empty, 0.0)
 
 
-def rates_of(runtime: moejax.Runtime, machine: Hardware, link: str, seed: int) -> timeline.Rates:
-    """What the parts take here; the layers' own time is still to be given."""
+@dataclasses.dataclass
+class Link:
+    """Times a link in turn with the runs: that of a shared disk changes within minutes."""
+
+    runtime: moejax.Runtime
+    seed: int
+
+    def run(self) -> dict[str, float]:
+        """Microseconds of a record, and what comes on top once."""
+        load, latency = link_times(self.runtime, self.seed)
+        return {"load_us": load, "latency_us": latency}
+
+
+def rates_of(machine: Hardware, link: str, timed: list[dict[str, float]]) -> timeline.Rates:
+    """What the parts take here, medians of a link's times; the layers' own is still to be given."""
     paced = parse_link(link)
     if paced.kind == "paced":
         load, latency = machine.record_bytes / paced.gigabytes_per_second / 1e3, 0.0
         load += paced.latency_us
     else:
-        load, latency = link_times(runtime, seed)
+        load, latency = (
+            statistics.median(each[name] for each in timed) for name in ("load_us", "latency_us")
+        )
     return timeline.Rates(
         step_us=0.0,
         layer_us=0.0,
@@ -131,14 +147,16 @@ def compared(
 ) -> list[dict[str, Any]]:
     """A row for each case on one link: what was measured, what was predicted."""
     loaded = moejax.load(common.MODEL, link=link, context=groups.shape[2])
-    rates = rates_of(loaded, machine, link, options.seed)
     total = common.experts_of(loaded)
     slots = {case: common.slots_of(case[1], total) for case in cases()}
-    replays = {
+    replays: dict[Any, Any] = {
         case: Replay(common.with_policy(loaded, policy(case[0]), slots[case]), groups)
         for case in cases()
     }
+    if link == DISK:
+        replays[DISK] = Link(loaded, options.seed)
     runs = common.in_rounds(replays, options.rounds, options.seed)
+    rates = rates_of(machine, link, runs.pop(DISK, []))
     times = {case: [run["tpot"] * 1e3 for run in runs[case]] for case in runs}
     whole = times["lru", 1.0]
     resident = statistics.median(whole)
@@ -194,27 +212,37 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for link in LINKS:
         rows += compared(link, groups, trace, machine, options)
-    error = {
-        f"{row['link']} {row['policy'].partition(':')[0]} {row['residency']:.0%}": row["error"]
-        for row in rows
-    }
-    worst = max(map(abs, error.values()))
-    targets = common.judged({"worst_tpot_error": worst}, {"worst_tpot_error": LIMIT})
     return {
         "rows": rows,
         "hardware": dataclasses.asdict(machine),
         "threads_on_a_core_each": threads,
-        "summary": {
-            "tpot_error": error,
-            "worst_tpot_error": worst,
-            # 0 for policies that read no scores, which traces hold rounded
-            "worst_hits_error": max(
-                abs(row["simulated_hits_per_token"] / row["hits_per_token"] - 1) for row in rows
-            ),
-        },
-        "targets": targets,
-        "verdict": common.verdict(targets),
+        **judged(rows),
     }
+
+
+def judged(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The errors and their limits; the disk apart from paced links, whose times are given."""
+    error = {
+        f"{row['link']} {row['policy'].partition(':')[0]} {row['residency']:.0%}": row["error"]
+        for row in rows
+    }
+    worst = {
+        name: max(abs(row["error"]) for row in rows if (row["link"] == DISK) == (name == DISK))
+        for name in ("paced", DISK)
+    }
+    targets = common.judged(
+        {f"worst TPOT error, {name}": value for name, value in worst.items()},
+        {f"worst TPOT error, {name}": LIMIT for name in worst},
+    )
+    summary = {
+        "tpot_error": error,
+        "worst_tpot_error": worst,
+        # 0 for policies that read no scores, which traces hold rounded
+        "worst_hits_error": max(
+            abs(row["simulated_hits_per_token"] / row["hits_per_token"] - 1) for row in rows
+        ),
+    }
+    return {"summary": summary, "targets": targets, "verdict": common.verdict(targets)}
 
 
 def plot(report: dict[str, Any], path: pathlib.Path) -> None:
