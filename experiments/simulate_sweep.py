@@ -131,7 +131,8 @@ def plot(report: dict[str, Any], path: pathlib.Path) -> None:
         for kind, mark in zip(best, "osv^", strict=False):
             points = sorted(best[kind].items())
             axis.plot(*zip(*points, strict=True), marker=mark, markersize=3, label=kind)
-        axis.set(xlabel="slots", ylabel="hit rate in decode", title=name.replace("_", " "))
+        axis.set(xlabel="slots, all 48 layers", ylabel="hit rate in decode")
+        axis.set_title("own slots per layer" if name == "per_layer" else "one pool")
         axis.legend(frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
     common.save(figure, path)

@@ -250,7 +250,8 @@ def plot(report: dict[str, Any], path: pathlib.Path) -> None:
     figure, axis = common.figure(1, 1, (5, 4.4))
     most = 1.1 * max(max(row["interval_ms"][1], row["predicted_ms"]) for row in report["rows"])
     line = np.array([0.0, most])
-    axis.fill_between(line, line * (1 - LIMIT), line * (1 + LIMIT), color="0.9")
+    band = line * (1 - LIMIT), line * (1 + LIMIT)
+    axis.fill_between(line, *band, color="0.9", label=f"within {LIMIT:.0%}")
     axis.plot(line, line, color="0.6", linewidth=1)
     for link, colour in LINKS.items():
         own = [row for row in report["rows"] if row["link"] == link]
@@ -258,6 +259,7 @@ def plot(report: dict[str, Any], path: pathlib.Path) -> None:
         spread = np.abs(np.array([row["interval_ms"] for row in own]).T - x)
         y = [row["predicted_ms"] for row in own]
         axis.errorbar(x, y, xerr=spread, fmt="o", color=colour, label=link, markersize=4)
+    axis.set_title("Time per token by replay of a trace", fontsize=10)
     axis.set(xlabel="measured TPOT (ms)", ylabel="predicted TPOT (ms)", xlim=(0, most))
     axis.set_ylim(0, most)
     axis.legend(frameon=False)

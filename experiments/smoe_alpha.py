@@ -286,6 +286,8 @@ def plot(report: dict[str, Any], path: pathlib.Path) -> None:
     left.set(xlabel="alpha", ylabel="Held-out perplexity over exact routing (%)")
     left.set_ylim(top=left.get_ylim()[1] * 1.55)
     left.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
+    left.set_title("Loss on held-out text", fontsize=10)
+    middle.set_title("Hits", fontsize=10)
     middle.plot([], [], "k-", label="As routed")
     middle.plot([], [], "k--", label="As the model's own router would")
     middle.set(xlabel="alpha", ylabel="Share of expert uses that are hits")

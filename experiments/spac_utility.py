@@ -299,7 +299,7 @@ def plot(report: dict[str, Any], path: pathlib.Path) -> None:
                 layers, [r[key] for r in own], style, color=colour, label=f"{model}, {name}"
             )
     theorem.set(
-        xlabel="Layer", ylabel="Correlation", title="Gate scores drift like the drift of ..."
+        xlabel="Layer", ylabel="Correlation", title="Drift of gate scores against that of inputs"
     )
     theorem.legend(frameon=False, fontsize=8)
     for axis in axes.flat:

@@ -169,7 +169,7 @@ def targets_of(summary: dict[str, Any]) -> dict[str, dict]:
 
 
 def plot(report: dict[str, Any], path: pathlib.Path) -> None:
-    """Time over residency, the law of break-even, time against divergence."""
+    """Time over residency, what cycles gain by draft length, time against divergence."""
     figure, axes = common.figure(1, 3, (16, 5.6))
     rows = [row for row in report["rows"] if row["gamma"] == "" and row["name"] in SHOWN]
     for name, (colour, style) in SHOWN.items():
@@ -186,26 +186,25 @@ def plot(report: dict[str, Any], path: pathlib.Path) -> None:
     axes[0].minorticks_off()
     for name in dict.fromkeys(row["name"] for row in report["break_even"]):
         own = [row for row in report["break_even"] if row["name"] == name]
-        axes[1].plot(
-            [r["needed"] for r in own], [r["achieved"] for r in own], marker="o", label=name
-        )
-        for row in own:
-            axes[1].annotate(row["gamma"], (row["needed"], row["achieved"]), fontsize=7)
-    most = max(max(r["needed"], r["achieved"]) for r in report["break_even"])
-    axes[1].plot([1, most], [1, most], "k--", linewidth=1, label="break-even")
+        gain = [row["achieved"] / row["needed"] for row in own]
+        axes[1].plot([row["gamma"] for row in own], gain, marker="o", label=name)
+    axes[1].axhline(1, color="k", ls="--", lw=1, label="break-even")
     axes[1].set(
-        xlabel="tokens per cycle needed",
-        ylabel="tokens per cycle made",
-        title="speculation at 50 % residency (numbers: gamma)",
+        xlabel="draft length gamma",
+        ylabel="tokens per cycle made / needed not to lose",
+        title="does a cycle pay? 50 % resident",
+        xticks=sorted({row["gamma"] for row in report["break_even"]}),
     )
     rows = [row for row in report["lossy"] if row["residency"] == FRONTIER]
     for name in dict.fromkeys(row["name"] for row in rows if row["name"] in lossy.LOSSY):
         own = [row for row in rows if row["name"] == name]
         axes[2].plot([r["kl"] for r in own], [r["tpot_ms"] for r in own], marker="o", label=name)
+    exact = find(report["rows"], "auto", FRONTIER)["tpot_ms"]
+    axes[2].plot(0, exact, "k*", ms=11, label="auto, exact")
     axes[2].set(
         xlabel="KL from exact routing (nats per token)",
         ylabel="TPOT (ms)",
-        title="lossy systems, 50 % resident",
+        title="lossy systems and exact auto, 50 % resident",
     )
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
