@@ -221,7 +221,7 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def judged(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The errors and their limits; the disk apart from paced links, whose times are given."""
+    """The errors and their limits; the disk apart, since its first full record failed."""
     error = {
         f"{row['link']} {row['policy'].partition(':')[0]} {row['residency']:.0%}": row["error"]
         for row in rows

@@ -57,7 +57,7 @@ class Live:
     """What cycles were found to cost; goes on from one run of a runtime to the next."""
 
     costs: LiveCycles = dataclasses.field(default_factory=LiveCycles)
-    compiled: set[tuple[int, int]] = dataclasses.field(default_factory=set)  # batch and width
+    compiled: set[tuple] = dataclasses.field(default_factory=set)  # programs that have run
     known: bool = False  # whether a cycle has been timed
     since: int = 0  # cycles since the costs were renewed
     renewed: int = 0  # cycles that they then were of
@@ -113,7 +113,7 @@ class Cycles:
         self.trace: StepTrace | None = None
         self.drafts: StepTrace | None = None  # [G, ...] of a self-draft's steps
         self.gamma = self.drafted = 0  # of the next cycle, and of the latest
-        self._program: tuple[int, int] | None = None  # batch and width of the latest
+        self._program: tuple | None = None  # what the latest one was compiled for
 
     def begin(
         self, state: DecodeState, texts: Sequence[np.ndarray], seen: jax.Array | None
@@ -192,7 +192,7 @@ class Cycles:
         if made.totals.failure:
             raise LinkError(f"status {int(made.totals.failure)}")
         self.gamma, self.drafted = int(made.next_length), gamma
-        self._program = (len(active), width)
+        self._program = (len(active), width, self.greedy, *self.options.values())
         return made
 
     def compile(self, batch: int) -> None:

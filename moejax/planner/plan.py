@@ -112,7 +112,7 @@ def _proposed(
     fixed = (asked, planned_for, config, form, context)
     layout = layout_of(*fixed, asked.policy or OFFLOADED)
     if asked.policy is not None:
-        return layout, forced(asked.policy, layout)
+        return layout, forced(asked.policy, layout, planned_for)
     work = work_of(config, asked.dtype, form, layout.kv / context)
     machine = behind(planned_for, layout.link, work)
     rate = _hits(asked, config, layout.slots).middle

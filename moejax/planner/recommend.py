@@ -5,6 +5,7 @@ import json
 import pathlib
 from typing import Any
 
+from moejax.errors import PolicyError
 from moejax.planner.layout import Layout
 from moejax.planner.machines import Machine
 from moejax.planner.predict import Work, miss_us, token
@@ -94,7 +95,10 @@ def drafts(share: float) -> tuple[str, bool]:
     paying = [row for row in known if row["residency"] > max(lost, default=0.0)]
     if not paying or share < paying[0]["residency"]:
         row = max((r for r in known if r["residency"] <= share), default=known[0], key=_share)
-        pays, word = False, "no drafts"
+        pays, word = (
+            False,
+            f"no drafts, whose gain has to exceed the {NOISE:.0%} that runs differ by",
+        )
     else:
         row = max((r for r in paying if r["residency"] <= share), key=_share)
         pays, word = True, "drafts as long as they pay (it measures that)"
@@ -123,7 +127,12 @@ def _share(row: dict[str, Any]) -> float:
     return row["residency"]
 
 
-def forced(name: str, layout: Layout) -> Proposal:
-    """The policy that was asked for."""
+def forced(name: str, layout: Layout, machine: Machine) -> Proposal:
+    """The policy that was asked for; PolicyError for host compute beside a disk, as in loading."""
     hosted = named_policy(name).placement.uses_host and layout.tier != "resident"
-    return Proposal(name, "asked for", hosted)
+    if hosted and layout.tier == "disk":
+        raise PolicyError(
+            f"{name} computes misses on the host, which has no copy of experts on the disk: choose "
+            "one that fetches them, such as lru or score-window"
+        )
+    return Proposal(name, "asked for", hosted and machine.kind != "gpu")

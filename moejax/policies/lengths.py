@@ -214,7 +214,7 @@ class LiveLength:
         if max_length > self.size:
             raise PolicyError(f"draft lengths up to {max_length}: LiveLength has size {self.size}")
         ready = (memory.plain >= self.settle) & (memory.credit >= 0)
-        looks = (memory.since <= 1) | (memory.since % self.pause == 0)
+        looks = (memory.since <= 1) | (memory.since % jnp.maximum(self.pause, 1) == 0)
         choice = functools.partial(self._choice, memory, max_length)
         return jax.lax.cond(ready & looks, choice, lambda: jnp.int32(0))
 
