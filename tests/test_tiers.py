@@ -193,7 +193,7 @@ def test_the_process_stays_within_its_budget(tmp_path):
     assert (tmp_path / "c" / convert.BANK).stat().st_size > large + tiers.PROCESS_BYTES
     peaks = peak(tmp_path / "c", small), peak(tmp_path / "c", large)
     assert peaks[0] < small + tiers.PROCESS_BYTES and peaks[1] < large + tiers.PROCESS_BYTES
-    assert peaks[1] - peaks[0] < 1.1 * (large - small)
+    assert peaks[1] - peaks[0] < 1.2 * (large - small)  # two processes differ by tens of MB
 
 
 def test_an_orbax_directory_is_not_read_over_a_link(tmp_path, resident):
