@@ -11,11 +11,20 @@ import numpy as np
 from moejax.decode import rewind, step
 from moejax.errors import InputError
 from moejax.models.transformer import Decoder
+from moejax.policies.lengths import Cycle
 from moejax.policies.policy import Policy
 from moejax.policies.routing import TopK
 from moejax.policies.value import fit_kappa, replaced_terms
-from moejax.sampling import divergence
-from moejax.state import DecodeState, ExpertStore, StepTrace, pytree
+from moejax.sampling import Sampling, divergence
+from moejax.speculate import Speculating, Target, propose, settled, verify
+from moejax.state import DecodeState, ExpertStore, StepTrace, array_fields, pytree
+
+COUNTED = (
+    *("replaced", "replaced_mass", "needed", "hits"),
+    *("exact_needed", "exact_hits", "low"),
+)
+KINDS = dict.fromkeys(("nll", "exact_nll", "local", "trajectory", "replaced_mass"), jnp.float32)
+KINDS |= {"flipped": bool}  # the others are counts
 
 
 @pytree
@@ -35,7 +44,8 @@ class Loss:
     exact_hits: jax.Array  # [W, T] i32
     moved: jax.Array  # [W, T] i32, records fetched or prefetched
     low: jax.Array  # [W, T] i32, experts run from low-bit copies
-    terms: jax.Array | None  # [W, T, L] f32, see `value.replaced_terms`; with `local`
+    passes: jax.Array  # [W, T] i32, 1 at the first token of each pass through the model
+    terms: jax.Array | None  # [W, T, L] f32, see `value.replaced_terms`; with `local`, not drafting
 
     def summary(self) -> dict[str, float]:
         """Means per token, perplexities, and rates over all uses."""
@@ -53,6 +63,7 @@ class Loss:
             "hit_rate": float(host.hits.sum() / host.needed.sum()),
             "exact_hit_rate": float(host.exact_hits.sum() / host.exact_needed.sum()),
             "missed": float((host.needed - host.hits - host.low).mean(dtype=np.float64)),
+            "tokens_per_pass": float(host.passes.size / host.passes.sum()),
         }
 
 
@@ -65,14 +76,18 @@ def exact_logits(runtime: Any, windows: np.ndarray) -> np.ndarray:
 def measure(runtime: Any, windows: np.ndarray, exact: np.ndarray, *, local: bool = True) -> Loss:
     """Feed windows [W, T + 1] i32 through the runtime's policy, one token at a time.
 
-    The KV cache begins anew with every window; residency and the policy's memory go on.
+    The KV cache begins anew with every window; residency and the policy's memory go on. Under a
+    policy that drafts, each pass has the next token and drafts, as in a run that makes this text:
+    drafts that are the text's own tokens are accepted, the others are routed with them and rolled
+    back. What a pass counts is noted at its first token.
 
     Args:
         exact: [W, T, V], see `exact_logits`.
         local: also make every step with the model's own routing, on the same KV cache.
 
     Raises:
-        InputError: weights are not read in place (load with `virtual=True`), or wrong shapes.
+        InputError: weights are not read in place (load with `virtual=True`), wrong shapes, or
+            drafts by another model.
     """
     if runtime.policy is None:
         raise InputError("a dense model routes nothing")
@@ -86,8 +101,12 @@ def measure(runtime: Any, windows: np.ndarray, exact: np.ndarray, *, local: bool
     if state.experts.pool.shape[0]:
         raise InputError("loss is measured with weights read in place: load with virtual=True")
     fixed = (runtime.model, runtime.policy, runtime.params, runtime.store)
+    drafts = runtime.policy.speculation.max_length > 0
+    if drafts and runtime.policy.speculation.draft.kind == "model":
+        raise InputError("loss under the drafts of another model is not measured")
+    feed = _drafted if drafts else _window
     for window, logits in zip(windows, exact, strict=True):
-        state, loss = _window(*fixed, state, jnp.asarray(window, jnp.int32), logits, local=local)
+        state, loss = feed(*fixed, state, jnp.asarray(window, jnp.int32), logits, local=local)
         state = rewind(state, np.zeros(1))
         found.append(jax.device_get(loss))
     return jax.tree.map(lambda *parts: np.stack(parts), *found)
@@ -115,26 +134,117 @@ def _window(
             _, out = step(model, own, params, store, state, token)
             same_cache = out.logits
         state, out = step(model, policy, params, store, state, token, scores=local)
-        trace, logits = out.trace, out.logits
-        sums = {
-            name: getattr(trace, name).sum()
-            for name in (
-                *("replaced", "replaced_mass", "needed", "hits"),
-                *("exact_needed", "exact_hits", "low"),
-            )
-        }
+        rows = (out.logits, same_cache, reference[None], wanted[None])
         return state, Loss(
-            nll=-jax.nn.log_softmax(logits[0])[wanted],
-            exact_nll=-jax.nn.log_softmax(reference)[wanted],
-            local=divergence(same_cache, logits)[0],
-            trajectory=divergence(reference, logits[0]),
-            flipped=logits[0].argmax() != reference.argmax(),
-            moved=(trace.fetched + trace.prefetched).sum(),
-            terms=_terms(model, trace) if local else None,
-            **sums,
+            **jax.tree.map(lambda row: row[0], _divergences(*rows)),
+            **_counts(out.trace),
+            passes=jnp.int32(1),
+            terms=_terms(model, out.trace) if local else None,
         )
 
     return jax.lax.scan(one, state, (tokens[:-1], tokens[1:], exact))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "local"), donate_argnames="state")
+def _drafted(
+    model: Decoder,
+    policy: Policy,
+    params: dict,
+    store: ExpertStore,
+    state: DecodeState,
+    tokens: jax.Array,
+    exact: jax.Array,
+    *,
+    local: bool,
+) -> tuple[DecodeState, Loss]:
+    target = Target(model=model, policy=policy, params=params, store=store)
+    count, width = exact.shape[0], policy.speculation.max_length + 1
+    room = jax.tree.leaves(state.kv)[0].shape[2] + 1
+    text = jnp.full((1, room), -1, jnp.int32).at[0, 0].set(tokens[0])
+    padded = jnp.append(tokens, jnp.full(width, -1, jnp.int32))
+    references = jnp.concatenate([exact, jnp.zeros((width, exact.shape[1]), exact.dtype)])
+
+    def one(carry: tuple) -> tuple:
+        run, at, found = carry
+        wanted = jax.lax.dynamic_slice(padded, (at + 1,), (width,))
+        reference = jax.lax.dynamic_slice_in_dim(references, at, width)
+        run, accepted, counts, logits, same_cache = _cycle(target, run, wanted, count - at, local)
+        same_cache = reference if same_cache is None else same_cache
+        each = _divergences(logits, same_cache, reference, jnp.maximum(wanted, 0))
+        place = jnp.arange(width)
+        index = jnp.where(place <= accepted, at + place, count)
+        noted = {name: found[name].at[index].set(row, mode="drop") for name, row in each.items()}
+        sums = {name: found[name].at[at].set(value) for name, value in counts.items()}
+        return run, at + accepted + 1, found | noted | sums
+
+    run = Speculating(state=state, draft=None, text=text, seen=None)
+    found = {
+        name: jnp.zeros(count, KINDS.get(name, jnp.int32))
+        for name in array_fields(Loss)
+        if name != "terms"
+    }
+    start = (run, jnp.int32(0), found)
+    run, _, found = jax.lax.while_loop(lambda carry: carry[1] < count, one, start)
+    return run.state, Loss(**found, terms=None)
+
+
+def _cycle(
+    target: Target, run: Speculating, wanted: jax.Array, left: jax.Array, local: bool
+) -> tuple[Speculating, jax.Array, dict[str, jax.Array], jax.Array, jax.Array | None]:
+    """One cycle that makes tokens of the `wanted` [W], `left` [] of which there are.
+
+    Returns:
+        The run, how many drafts [] were right, counts, logits [W, V], and those of the model's own
+        routing on the same cache, or None.
+    """
+    speculation, before, pending = target.policy.speculation, run.state.length, run.pending
+    gamma = speculation.length(run.state.policy.speculation)
+    fixed = {"width": wanted.shape[0], "greedy": True}
+    greedy, key = Sampling(temperature=0.0).validate(), jax.random.key(0)  # nothing is drawn
+    run, drafted = propose(target, None, run, gamma, (left - 1)[None], greedy, key, **fixed)
+    active, same_cache = jnp.ones(1, bool), None
+    if local:
+        own = dataclasses.replace(target, policy=_exact(target.policy))
+        same_cache = verify(own, run, drafted, active)[1][0]
+    run, logits, trace = verify(target, run, drafted, active)
+    reached = jnp.arange(wanted.shape[0] - 1) < drafted.count[0]
+    right = jnp.cumprod(reached & (drafted.token[0] == wanted[:-1])).sum(dtype=jnp.int32)
+    cycle = Cycle(
+        gamma=gamma,
+        drafted=drafted.count,
+        accepted=right[None],
+        active=active,
+        missed=(trace.needed - trace.hits).sum(),
+        shadow=jnp.full(1, -1, jnp.int32),
+    )
+    memory = run.state.policy
+    remembered = speculation.observe(memory.speculation, cycle)
+    memory = dataclasses.replace(memory, speculation=remembered)
+    fed = jnp.concatenate([pending, drafted.token], axis=1)
+    run = settled(run, memory, before, fed, wanted[None], right[None] + 1, drafted.count)
+    counts = _counts(trace) | {"passes": jnp.int32(1)}
+    counts["moved"] += drafted.cost.prefetched
+    return run, right, counts, logits[0], same_cache
+
+
+def _divergences(
+    logits: jax.Array, same_cache: jax.Array, reference: jax.Array, wanted: jax.Array
+) -> dict[str, jax.Array]:
+    """Fields of `Loss` from logits [N, V] of the run, the same cache and the exact run."""
+    each = jnp.arange(wanted.shape[0])
+    return {
+        "nll": -jax.nn.log_softmax(logits)[each, wanted],
+        "exact_nll": -jax.nn.log_softmax(reference)[each, wanted],
+        "local": divergence(same_cache, logits),
+        "trajectory": divergence(reference, logits),
+        "flipped": logits.argmax(-1) != reference.argmax(-1),
+    }
+
+
+def _counts(trace: StepTrace) -> dict[str, jax.Array]:
+    """Fields of `Loss` that are sums over the layers."""
+    sums = {name: getattr(trace, name).sum() for name in COUNTED}
+    return sums | {"moved": (trace.fetched + trace.prefetched).sum()}
 
 
 def _terms(model: Decoder, trace: StepTrace) -> jax.Array:

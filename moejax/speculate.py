@@ -314,7 +314,7 @@ def cycle(
     )
     remembered = speculation.observe(memory.speculation, about)
     memory = dataclasses.replace(memory, speculation=remembered)
-    run = _settled(run, memory, before, fed, token, count, drafted.count)
+    run = settled(run, memory, before, fed, token, count, drafted.count)
     totals = dataclasses.replace(totals_of(trace), failure=failure)
     values, ids = top_logprobs(logits, top)
     used = jnp.arange(width) < count[:, None]
@@ -335,7 +335,7 @@ def cycle(
     return run, pack(made), (trace, drafted.cost.steps) if record else None
 
 
-def _settled(
+def settled(
     run: Speculating,
     memory: PolicyMemory,
     before: jax.Array,
