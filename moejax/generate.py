@@ -148,7 +148,7 @@ class Engine:
         """Compile the programs of all draft lengths, for the batch of a fresh state."""
         fixed = {"model": self.model, "params": self.params, "store": self.store}
         stats, key = Stats(record_bytes=0), jax.random.key(0)
-        target = Target(policy=self.policy, **fixed)
+        target = Target(policy=jax.device_put(self.policy), **fixed)
         loop = Cycles(target, self.helper, stats, sampling, key, top=top, live=self.live)
         batch = state.length.shape[0]
         loop.begin(state, [np.zeros(1, np.int32)] * batch, seen)
@@ -168,9 +168,9 @@ class _Run:
         top: int,
     ):
         self.engine, self.stats, self.link = engine, stats, engine.link
-        self.sampling = jax.device_put(sampling)  # once, not in every step
+        # once, not in every step
+        self.sampling, self.policy = jax.device_put((sampling, engine.policy))
         self.key, self.seen, self.top = key, seen, top
-        self.policy = engine.policy
         self.costs = Costs(engine.policy, engine.link)
         self.drift = engine.drift and Drift(engine.drift, engine.policy)
         stats.drift = self.drift and self.drift.stats
