@@ -2,7 +2,7 @@
 
 Claim:     none: these are data, for the simulator and for whoever studies caches of experts.
 Command:   python -m experiments.record_traces --out experiments/traces
-Hardware:  any CPU; 2 cores take about 2 minutes (--quick: a few seconds, of a shorter trace).
+Hardware:  any CPU; 2 cores take about 2 minutes (a few seconds with --quick, for a shorter trace).
 Expected:  a file of at most 6 MB, the same routing each time, and a README with its statistics.
 """
 
