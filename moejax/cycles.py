@@ -12,9 +12,10 @@ from moejax.errors import InputError, LinkError, PolicyError
 from moejax.models.transformer import Decoder
 from moejax.policies.cycle_costs import LiveCycles
 from moejax.policies.policy import Policy
+from moejax.probe import probe
 from moejax.speculate import DraftModel, Made, Speculating, Target, cycle
 from moejax.state import DecodeState, ExpertStore, StepTrace
-from moejax.stats import Stats
+from moejax.stats import Stats, Totals
 
 RENEWED = {True: 16, False: 32}  # drafting or plain cycles from one renewal of costs to the next
 
@@ -113,6 +114,7 @@ class Cycles:
         self.drafts: StepTrace | None = None  # [G, ...] of a self-draft's steps
         self.gamma = self.drafted = 0  # of the next cycle, and of the latest
         self._program: tuple | None = None  # what the latest one was compiled for
+        self._looked: tuple | None = None  # lengths before the latest cycle, and its logits
 
     def begin(
         self, state: DecodeState, texts: Sequence[np.ndarray], seen: jax.Array | None
@@ -162,18 +164,22 @@ class Cycles:
         rows = [text[b, held[b] : lengths[b]] for b in range(len(lengths))]
         self.run = dataclasses.replace(self.run, draft=self._fed(self.run.draft, rows))
 
-    def step(self, active: np.ndarray, room: np.ndarray) -> Made:
+    def step(self, active: np.ndarray, room: np.ndarray, *, looked: bool = False) -> Made:
         """One cycle; `room` [B] is how many tokens each sequence may still make. On the host.
+
+        Args:
+            looked: `probe` follows; such cycles are all of the greatest width, in one program.
 
         Raises:
             LinkError: expert records did not arrive; no token was made.
         """
         policy = self.target.policy.speculation
         gamma = max(min(self.gamma, policy.max_length, int((active * room).max()) - 1), 0)
-        width = width_for(gamma, policy.max_length)
+        width = policy.max_length + 1 if looked else width_for(gamma, policy.max_length)
+        before = np.array(self.run.state.length) if looked else None
         if gamma and self.helper is not None:
             self._caught_up()
-        self.run, packed, recorded = cycle(
+        self.run, packed, recorded, logits = cycle(
             self.target,
             self.helper and self.helper.fixed,
             self.run,
@@ -184,15 +190,31 @@ class Cycles:
             self.key,
             width=width,
             greedy=self.greedy,
+            keep=looked,
             **self.options,
         )
         self.trace, self.drafts = recorded or (None, None)
+        self._looked = (before, logits)
         made = packed.unpacked()
         if made.totals.failure:
             raise LinkError(f"status {int(made.totals.failure)}")
         self.gamma, self.drafted = int(made.next_length), gamma
         self._program = (len(active), width, self.greedy, *self.options.values())
         return made
+
+    def probe(self) -> tuple[np.ndarray, Totals]:
+        """How far [B] the latest cycle, which was `looked` at, drifted, and what finding out took.
+
+        Raises:
+            LinkError: expert records did not arrive.
+        """
+        before, logits = self._looked
+        self._looked = None
+        self.run, nats, totals = probe(self.target, self.run, before, logits)
+        nats, totals = jax.device_get((nats, totals))
+        if totals.failure:
+            raise LinkError(f"status {int(totals.failure)}")
+        return nats, totals
 
     def compile(self, batch: int) -> None:
         """Run the program of every width once, on sequences of one token."""

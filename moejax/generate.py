@@ -20,7 +20,7 @@ from moejax.decode import (
     token_ids,
 )
 from moejax.drawn import NONFINITE, Drawn, Token, collect, draw, token_of
-from moejax.errors import InputError, LinkError, NonFiniteError, PolicyError
+from moejax.errors import InputError, LinkError, NonFiniteError
 from moejax.kernels.transport import Store
 from moejax.live import Costs, Drift, DriftBudget
 from moejax.models.transformer import Decoder
@@ -33,7 +33,7 @@ from moejax.sampling import (
 )
 from moejax.speculate import Target
 from moejax.state import DecodeState, ExpertStore
-from moejax.stats import Stats, totals_of
+from moejax.stats import Stats, Totals, totals_of
 
 
 @functools.partial(
@@ -175,8 +175,6 @@ class _Run:
         self.drift = engine.drift and Drift(engine.drift, engine.policy)
         stats.drift = self.drift and self.drift.stats
         self.before = self.link.moved() if self.link else 0
-        if engine.drift is not None and engine.policy.speculation.max_length:
-            raise PolicyError("a drift budget cannot steer a policy that drafts")
 
     def steps(
         self,
@@ -229,8 +227,11 @@ class _Run:
             active = ~finished & (room > 0)
             if not active.any():
                 return
+            looked = self.drift is not None and self.drift.due()
             try:
-                made = loop.step(active, room)
+                made = loop.step(active, room, looked=looked)
+                if looked:
+                    self._probe_cycle(loop, active)
             except LinkError as error:
                 why = self.link.last_error() if self.link else str(error)
                 raise LinkError(f"expert records did not arrive: {why}") from None
@@ -320,24 +321,34 @@ class _Run:
         After the lossy step, not before: its experts would be resident by then and the drift less.
         The keys and values of this step stay.
         """
-        engine, stats = self.engine, self.stats
-        begun = time.perf_counter()
+        engine, begun = self.engine, time.perf_counter()
         router = dataclasses.replace(self.policy.router, alpha=jnp.float32(0))
         exact = dataclasses.replace(self.policy, router=router)
         memory = jax.tree.map(jnp.copy, state.policy)  # not to observe one step twice
         state, out = decode_step(engine.model, exact, engine.params, engine.store, state, tokens)
         state = dataclasses.replace(state, policy=memory)
         check_arrived(engine.store, out)
-        totals = jax.device_get(totals_of(out.trace))
+        nats = np.asarray(_divergence(out.logits, lossy))
+        self._count_probe(jax.device_get(totals_of(out.trace)), begun)
+        return state, nats
+
+    def _probe_cycle(self, loop: Cycles, active: np.ndarray) -> None:
+        """The same for the cycle that was just made."""
+        begun = time.perf_counter()
+        nats, totals = loop.probe()
+        policy = self.drift.learn(loop.target.policy, nats[active])
+        loop.target = dataclasses.replace(loop.target, policy=policy)
+        self._count_probe(totals, begun)
+
+    def _count_probe(self, totals: Totals, begun: float) -> None:
+        stats = self.stats
         stats.fetched += int(totals.fetched)
         stats.prefetched += int(totals.prefetched)
         stats.prefetch_used += int(totals.prefetch_used)
         stats.host += int(totals.host)
         stats.drift.fetched += int(totals.fetched) + int(totals.prefetched)
         self._count_bytes(prefill=False)
-        nats = np.asarray(_divergence(out.logits, lossy))
         stats.drift.seconds += time.perf_counter() - begun
-        return state, nats
 
 
 _divergence = jax.jit(divergence)

@@ -259,7 +259,7 @@ def verify(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("width", "greedy", "top", "record"), donate_argnames=("run",)
+    jax.jit, static_argnames=("width", "greedy", "top", "record", "keep"), donate_argnames="run"
 )
 def cycle(
     target: Target,
@@ -275,7 +275,8 @@ def cycle(
     greedy: bool,
     top: int = 0,
     record: bool = False,
-) -> tuple[Speculating, Packed, tuple[StepTrace, StepTrace | None] | None]:
+    keep: bool = False,
+) -> tuple[Speculating, Packed, tuple[StepTrace, StepTrace | None] | None, jax.Array | None]:
     """Draft `gamma` tokens, verify them, and take at least one for each of the `active` [B].
 
     Greedy tokens are those of plain decoding, bit for bit where a pass over several tokens equals
@@ -288,9 +289,10 @@ def cycle(
         greedy: no sequence samples.
         top: log-probabilities to report beside each token's.
         record: return the traces of the verification and of a self-draft, with router scores.
+        keep: return the logits.
 
     Returns:
-        The run, a packed `Made`, and the two traces (the second [G, ...], or None) or None.
+        The run, a packed `Made`, traces (the second [G, ...] or None), logits [B, W, V] or None.
     """
     before, pending = run.state.length, run.pending
     limit = jnp.where(active, limit, 0)
@@ -332,7 +334,8 @@ def cycle(
         totals=totals,
         proposed=drafted.token,
     )
-    return run, pack(made), (trace, drafted.cost.steps) if record else None
+    traces = (trace, drafted.cost.steps) if record else None
+    return run, pack(made), traces, logits if keep else None
 
 
 def settled(
@@ -372,8 +375,7 @@ def _accepted(
     greedy: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Accepted drafts [B], and the tokens made [B, W]: those, and one more."""
-    width = fed.shape[1]
-    places = jnp.arange(width)
+    places = jnp.arange(fed.shape[1])
     known = jnp.where(places <= drafted.count[:, None], fed, -1)
     plain = greedy and seen is None
     final = logits if plain else final_logits(logits, known, sampling, seen)

@@ -3,14 +3,16 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_cli import ok, run
 
 import moejax
-from moejax import live
+from moejax import decode, live
 from moejax.cli import actions as commands
+from moejax.cycles import Cycles
 from moejax.decode import decode_step
 from moejax.errors import InputError, PolicyError
 from moejax.generate import generate_step
@@ -20,7 +22,9 @@ from moejax.policies.alternatives import LowBitFallback
 from moejax.policies.placement import TwoPointer
 from moejax.policies.policy import policy, with_alpha
 from moejax.policies.prediction import NoPrediction
-from moejax.sampling import divergence
+from moejax.sampling import Sampling, divergence
+from moejax.speculate import Target
+from moejax.stats import Stats
 from moejax.terminal import Terminal
 
 PROMPT = "The old house stood at the end of the village, and the boy who lived there"
@@ -111,10 +115,10 @@ def lossy():
     return tiny()
 
 
-def tokens(runtime, **options):
+def tokens(runtime, temperature=0.7, **options):
     """(id, logprob) of the tokens of a run."""
-    done = runtime.generate(PROMPT, NEW, {"temperature": 0.7}, seed=3, **options)[0]
-    assert runtime.stats.steps > NEW // 2
+    done = runtime.generate(PROMPT, NEW, {"temperature": temperature}, seed=3, **options)[0]
+    assert runtime.stats.steps > NEW // 4
     return [(token.id, token.logprob) for token in done.tokens]
 
 
@@ -379,3 +383,57 @@ def test_the_table_tells_host_experts_and_live_costs():
     shown = ok("generate", PROMPT, *options, *link).stderr
     for unsaid in ("on the host", "live costs", "drift", "own picks", "prefetch", "replaced"):
         assert unsaid not in shown
+
+
+@pytest.fixture(scope="module")
+def drafting():
+    """A lossy policy that drafts with residents."""
+    return tiny("auto-lossy:alpha=0.8,gamma=3", slots=60)
+
+
+def test_alpha_is_steered_while_drafting(drafting):
+    budget = DriftBudget(0.001, 3)
+    first = tokens(drafting, drift=budget)
+    stats = drafting.stats
+    assert tokens(drafting, drift=budget) == first
+    assert drafting.stats.drift.alphas == stats.drift.alphas
+    assert stats.drift.probes == len(stats.drift.alphas) == -(-stats.steps // 3)
+    assert stats.drafted > 0 and stats.steps < stats.new_tokens - 1
+    assert 0 < stats.drift.seconds < stats.decode_seconds and stats.drift.fetched > 0
+
+
+def test_probes_of_cycles_leave_nothing_behind_but_resident_experts(drafting, monkeypatch):
+    found = frozen(monkeypatch)
+    exact = dataclasses.replace(drafting, policy=with_alpha(drafting.policy, 0.0))
+    plain = tokens(exact, 0.0)  # sampled tokens change with the drafts, their distribution not
+    assert tokens(exact, 0.0, drift=DriftBudget(0.1, 2)) == plain  # every bit of every logprob
+    assert len(found) == -(-exact.stats.steps // 2) and not np.any(found)
+
+
+def test_a_probe_of_a_cycle_finds_the_drift_of_its_tokens(drafting, monkeypatch):
+    """Against passes over the same tokens, on copies of the state before the cycle."""
+    found = frozen(monkeypatch)
+    fixed = (drafting.model, drafting.policy, drafting.params, drafting.store)
+    target = Target(**dict(zip(("model", "policy", "params", "store"), fixed, strict=True)))
+    sampling = Sampling(temperature=0.0).validate()
+    loop = Cycles(target, None, Stats(record_bytes=0), sampling, jax.random.key(0))
+    loop.begin(drafting.init_state(), [np.array([77], np.int32)], None)
+    own = with_alpha(drafting.policy, 0.0)
+    several = 0
+    for _ in range(12):
+        before = jax.tree.map(jnp.copy, loop.run.state)
+        pending, gamma = np.asarray(loop.run.pending), loop.gamma
+        made = loop.step(np.ones(1, bool), np.full(1, 50), looked=True)
+        count = int(made.count[0])
+        drafts = made.proposed[:, :gamma]
+        nats, totals = loop.probe()
+        assert int(loop.run.state.length[0]) == int(before.length[0]) + count
+        fed = np.concatenate([pending, drafts], axis=1).astype(np.int32)
+        _, lossy = decode.decode_step(*fixed, jax.tree.map(jnp.copy, before), fed, all_logits=True)
+        fixed_own = (drafting.model, own, *fixed[2:])
+        _, exact = decode.decode_step(*fixed_own, before, fed[:, :count], all_logits=True)
+        want = divergence(exact.logits, lossy.logits[:, :count]).mean(axis=1)
+        assert np.allclose(nats, want, rtol=1e-3, atol=1e-6)
+        several += count > 1
+        assert int(totals.needed) > 0
+    assert several > 3 and not found

@@ -20,7 +20,7 @@ GROUPS = {
     "decisions": "policies sampling",
     "mechanism": (
         "supply window experts models detokenize chat text decode live stats drawn generate "
-        "speculate cycles kernels checkpoints"
+        "speculate probe cycles kernels checkpoints"
     ),
     "analysis": (
         "traces.trace traces.form traces.file traces.importers traces.statistics "

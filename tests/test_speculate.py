@@ -414,7 +414,7 @@ def test_what_cannot_be_combined_is_refused():
     assert runtime.draft.config.width == runtime.config.width
     with pytest.raises(PolicyError, match="name one as"):
         moejax.load(runtime.directory, slots=76, policy="sp-moe")
-    with pytest.raises(PolicyError, match="drift budget"):
+    with pytest.raises(PolicyError, match="has not: choose"):
         runtime.generate("a", 2, GREEDY, drift=DriftBudget(0.1))
 
 
