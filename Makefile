@@ -34,7 +34,7 @@ SOURCES := $(shell find moejax kernels checkpoints -type f -not -name '*.pyc')
 SANITIZE := -O1 -g -fno-omit-frame-pointer -D_GLIBCXX_ASSERTIONS \
 	-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
 SANITIZED_TESTS := tests/test_native.py tests/test_native_rows.py tests/test_native_memory.py \
-	tests/test_transport.py tests/test_link_log.py
+	tests/test_transport.py tests/test_link_log.py tests/test_host_experts.py
 
 .PHONY: demo test sanitize lint experiments clean
 .SILENT: $(BIN)/python

@@ -48,6 +48,7 @@ PARTS = {
     "overhead": Part("gpu_decode", "overhead", 60),
     "bandwidth": Part("gpu_kernels", "bandwidth", 150),
     "tpot": Part("gpu_decode", "tpot", 200),
+    "host": Part("gpu_host", "host", 90),
     "memory": Part("gpu_decode", "memory", 60),
     "tiles": Part("gpu_kernels", "tile_sweep", 90),
     "peer": Part("gpu_peer", "peer", 90),

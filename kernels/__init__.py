@@ -24,6 +24,7 @@ __all__ = [
     "combine",
     "empty_rows",
     "experts",
+    "experts_on_host",
     "fetch",
     "linear",
     "plan",
@@ -118,6 +119,19 @@ def experts(
         (source, rows): the source goes through, so that later writes to it stay behind.
     """
     return _kernels().experts(layout, source, index, plan, x, rows)
+
+
+def experts_on_host(
+    layout: RecordLayout, hosted: Any, index: jax.Array, plan: Any, x: jax.Array, rows: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`experts` on the host in a program that runs on a GPU, from `host.Records`.
+
+    Returns:
+        (rows, status): a `transport.Status` [] i32; but for OK, the rows mean nothing.
+    """
+    from moejax.kernels import host
+
+    return host.experts(layout, hosted, index, plan, x, rows)
 
 
 def combine(plan: Any, rows: jax.Array, weight: jax.Array) -> jax.Array:

@@ -99,12 +99,15 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         path = build()
         loaded = ctypes.CDLL(str(path))
         loaded.moejax_handlers.restype = ctypes.c_char_p
+        loaded.moejax_cuda_handlers.restype = ctypes.c_char_p
         loaded.moejax_isa.restype = ctypes.c_char_p
         loaded.moejax_set_isa.argtypes = [ctypes.c_char_p]
         loaded.moejax_set_workers.argtypes = [ctypes.c_int]
-        for name in loaded.moejax_handlers().decode().split(","):
-            capsule = jax.ffi.pycapsule(getattr(loaded, name))
-            jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+        listed = {"cpu": loaded.moejax_handlers(), "CUDA": loaded.moejax_cuda_handlers()}
+        for platform_name, names in listed.items():
+            for name in names.decode().split(","):
+                capsule = jax.ffi.pycapsule(getattr(loaded, name))
+                jax.ffi.register_ffi_target(name, capsule, platform=platform_name)
     except MoejaxError as error:
         return None, str(error)
     except (OSError, AttributeError, RuntimeError) as error:
@@ -179,7 +182,8 @@ def _compile(
         others = list(pool.map(lambda path: compiled(path.name, path.stem, has), sources))
     target = directory / ("moejax" + _suffix())
     linked = [*filter(None, objects.values()), *others]
-    _check([*command, *flags, "-shared", *linked, "-o", str(target)])
+    loading = ["-ldl"] if sys.platform == "linux" else []  # a library of its own before glibc 2.34
+    _check([*command, *flags, "-shared", *linked, *loading, "-o", str(target)])
     return target
 
 

@@ -66,6 +66,7 @@ def softmax(x: jax.Array) -> jax.Array:
 class Blocks:
     """The picks of a layer, grouped into blocks of M tokens of one expert each."""
 
+    picks: jax.Array  # [N, K] i32, -1 = none
     expert: jax.Array  # [NB] i32, expert of the layer, -1 = unused block
     tokens: jax.Array  # [NB, M] i32
     block_of: jax.Array  # [N, K] i32
@@ -96,6 +97,7 @@ def plan(picks: jax.Array, experts: int) -> Blocks:
     row = rank % size
     unsorted = jnp.zeros_like(order).at[order].set(jnp.arange(n * k))
     return Blocks(
+        picks=picks,
         expert=jnp.full(limit, -1, jnp.int32).at[block].set(sorted_expert, mode="drop"),
         tokens=jnp.zeros((limit, size), jnp.int32)
         .at[block, row]

@@ -50,6 +50,7 @@ class Status(enum.IntEnum):
     BAD_CHECKSUM = 3
     BAD_REQUEST = 4  # an expert, slot or record size that the store does not have
     NO_STORE = 5
+    HOST_FAILED = 6  # of experts computed for a GPU: no memory, say
 
 
 def plan_fetch(

@@ -180,8 +180,11 @@ def init_state(
                 "this router runs low-bit copies of experts: give the policy to `load`, which "
                 "makes them, or make them with moejax.low_bits"
             )
-        if policy.placement.uses_host and jax.default_backend() != "cpu":
-            raise PolicyError("this placement computes experts on the host: run it on a CPU")
+        if policy.placement.uses_host and store.host is None and _pinned(store):
+            raise PolicyError(
+                "this placement computes experts on the host, to which the records are not open: "
+                "give the policy to `load`, or open them with moejax.devices.open_to_host"
+            )
         if policy.placement.uses_host and store.records is None:
             raise PolicyError(
                 "this placement computes experts on the host, where a disk has no copy of them: "
@@ -203,6 +206,12 @@ def init_state(
     )
     # Committed to its device like the state that a step returns: the second step would recompile.
     return jax.device_put(state, jax.devices()[0])
+
+
+def _pinned(store: ExpertStore) -> bool:
+    """Whether the records are in memory of the host that is not the program's own."""
+    sharding = getattr(store.records, "sharding", None)
+    return jax.default_backend() != "cpu" and getattr(sharding, "memory_kind", "") == "pinned_host"
 
 
 def chunks(prompts: list[np.ndarray], size: int | None = None) -> Iterator[np.ndarray]:
@@ -255,12 +264,16 @@ def prefill(
 
 
 def check_arrived(store: ExpertStore | None, out: StepOutput) -> None:
-    """Raise LinkError if a step's records did not all arrive: its tokens were not taken in."""
-    if store is None or store.link is None:
+    """Raise LinkError if a step's records did not all arrive: its tokens were not taken in.
+
+    So too if the host beside a GPU could not compute its experts.
+    """
+    if store is None or not store.can_fail:
         return
     failure = int(out.trace.failure.max())
     if failure:
-        raise LinkError(f"expert records did not arrive ({Status(failure).name}); see last_error()")
+        what = "did not arrive" if store.host is None else "could not be computed from"
+        raise LinkError(f"expert records {what} ({Status(failure).name}); see last_error()")
 
 
 def rewind(state: DecodeState, length: np.ndarray) -> DecodeState:

@@ -15,16 +15,17 @@ from moejax import decode
 from moejax.config import ModelConfig
 from moejax.errors import BudgetError, InputError
 from moejax.generate import generate_step
-from moejax.kernels import NAMES, build, notice
+from moejax.kernels import NAMES, build, host, notice
 from moejax.kernels.transport import Store
-from moejax.layout import BITS
+from moejax.layout import BITS, DTYPES, RecordLayout
 from moejax.models.shapes import held_parameters
 from moejax.models.transformer import Decoder
 from moejax.policies.policy import Policy
 from moejax.policies.policy import policy as named_policy
+from moejax.quantise import dequantise
 from moejax.sampling import Sampling
 from moejax.speculate import DraftModel, Speculating, Target, cycle
-from moejax.state import DecodeState, ExpertStore
+from moejax.state import DecodeState, ExpertStore, HostRecords
 from moejax.units import format_bytes
 
 
@@ -82,6 +83,48 @@ def store(
     )
 
 
+def open_to_host(
+    store: ExpertStore | None, policy: Policy | None
+) -> tuple[ExpertStore | None, host.Records | None]:
+    """The store, with its records open to the host where a policy computes experts beside a GPU.
+
+    Programs that use it fail once the records are closed: hold them as long as the store.
+
+    Raises:
+        MoejaxError: the host cannot reach the records.
+    """
+    hosted = policy is not None and policy.placement.uses_host
+    if not hosted or store is None or store.records is None or not _beside_gpu(store.records):
+        return store, None
+    way, meaning = host.way()
+    if way == "callback":
+        notice.once(f"experts on the host: {meaning}; slow")
+    records = host.Records(store.records, store.layout, functools.partial(network, store.layout))
+    handle = jax.device_put(np.int32(records.handle), jax.devices()[0])
+    return dataclasses.replace(store, host=HostRecords(handle=handle, way=way)), records
+
+
+def _beside_gpu(records: jax.Array) -> bool:
+    return records.sharding.memory_kind == "pinned_host"
+
+
+def network(layout: RecordLayout, record: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """One expert [R] bits of x [M, D] f32 in NumPy: [M, D] f32, rounded as `kernels` says."""
+    weights = {}
+    for name, matrix in layout.matrices.items():
+        part = layout.view(record, name)
+        weights[name] = dequantise(part, matrix) if layout.quantised else part.astype(np.float32)
+
+    def linear(x: np.ndarray, name: str) -> np.ndarray:
+        if layout.dtype == "bfloat16":
+            x = x.astype(DTYPES["bfloat16"]).astype(np.float32)
+        return x @ weights[name].T
+
+    gate, up = np.split(linear(x, "gate_up"), 2, axis=-1)
+    with np.errstate(over="ignore"):  # exp of a large number: a gate of 0
+        return linear(gate / (1 + np.exp(-gate)) * up, "down")
+
+
 def kernels(name: str | None) -> str:
     """The kernels to run with: those named, else the native ones where they can be had.
 
@@ -121,11 +164,15 @@ def abstract_params(model: Decoder) -> dict[str, dict[str, jax.ShapeDtypeStruct]
     return params
 
 
-def abstract_store(model: Decoder) -> ExpertStore:
-    """Shape and dtype of the expert store."""
+def abstract_store(model: Decoder, policy: Policy | None = None) -> ExpertStore:
+    """Shape and dtype of the expert store, as `open_to_host` leaves it for a policy."""
     config, layout = model.config, model.config.record_layout(model.quant or model.dtype)
     shape = (config.num_moe_layers * config.num_experts, layout.elements)
-    return ExpertStore(records=jax.ShapeDtypeStruct(shape, layout.bits), layout=layout)
+    hosted = None
+    if policy is not None and policy.placement.uses_host and jax.default_backend() != "cpu":
+        hosted = HostRecords(handle=jax.ShapeDtypeStruct((), jnp.int32), way=host.way()[0])
+    records = jax.ShapeDtypeStruct(shape, layout.bits)
+    return ExpertStore(records=records, host=hosted, layout=layout)
 
 
 def dense_bytes(config: ModelConfig, dtype: str, quant: str | None = None) -> int:
@@ -157,7 +204,7 @@ def workspace_bytes(
         draft: the model that drafts, for policies that want one.
     """
     config = model.config
-    experts = abstract_store(model) if config.moe_layers else None
+    experts = abstract_store(model, policy) if config.moe_layers else None
 
     def arguments() -> tuple:
         state = decode.init_state(
@@ -200,7 +247,7 @@ def _cycle_bytes(
         model=model,
         policy=_with_distances(policy, model.config),
         params=abstract_params(model),
-        store=abstract_store(model),
+        store=abstract_store(model, policy),
     )
     rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
     lowered = cycle.lower(
@@ -285,7 +332,7 @@ def slots_for(
         listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
         raise BudgetError(
             f"{format_bytes(memory)} is too little: {listed}, and {least} experts of "
-            f"{format_bytes(stride)} each; give at least {format_bytes(needed)} or shorten the "
-            "context"
+            f"{format_bytes(stride)} each; give at least {format_bytes(needed, up=True)} or "
+            "shorten the context"
         )
     return slots

@@ -244,6 +244,24 @@ def _native() -> tuple[str, str]:
     return ("warn" if build.library() is None else "ok"), build.status()
 
 
+def judge_host(gpu: bool, way: tuple[str, str]) -> tuple[str, str]:
+    """How placements that compute experts on the host do so; `way` as `kernels.host.way` has it."""
+    if not gpu:
+        return "ok", "no NVIDIA GPU: experts are computed where their records lie"
+    kind, meaning = way
+    detail = f"{meaning}; written, but not confirmed on a GPU yet"
+    return ("ok" if kind == "stream" else "warn"), detail
+
+
+def _host() -> tuple[str, str]:
+    import jax
+
+    from moejax.kernels import host
+
+    gpu = jax.default_backend() == "gpu"
+    return judge_host(gpu, host.way() if gpu else ("", ""))
+
+
 def _memory() -> tuple[str, str]:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     shown = f"{format_bytes(total)} in all"
@@ -278,6 +296,7 @@ _CHECKS: dict[str, Callable[[], tuple[str, str]]] = {
     "compile cache": _compile_cache,
     "cpu": _cpu,
     "native kernels": _native,
+    "experts on the host": _host,
     "memory": _memory,
     "embedded model": _embedded,
 }

@@ -202,7 +202,8 @@ class _Work:
             memory, shelf, kv, prefetched = self._prefetch(memory, shelf, kv, plan, rows)
             shelf = supply.copy(shelf, copies, rows)
         if policy.placement.uses_host:
-            rows = supply.on_host(shelf, host | overdue, plan, layer.x, rows)
+            rows, failure = supply.on_host(shelf, host | overdue, plan, layer.x, rows)
+            moved = moved if failure is None else moved.failed(failure)
         choice = (keys, order, pinned, overdue)
         shelf, rows, moved, passes = self._rest(shelf, choice, pending, plan, rows, moved)
         if policy.foresight.after and not layer.prefill:

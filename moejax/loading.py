@@ -11,6 +11,7 @@ from moejax.config import ModelConfig, read_config_json
 from moejax.errors import BudgetError, CheckpointError, InputError
 from moejax.formats import quant_format
 from moejax.hub import resolve
+from moejax.kernels.host import Records
 from moejax.kernels.transport import Store
 from moejax.layout import DTYPES
 from moejax.models import config_from_hf, family
@@ -93,15 +94,14 @@ def load(
         over, slots = _fitting(model, chosen, (memory, host_memory), sizes, over, helper)
     slots, total = _checked_slots(config, slots), config.num_moe_layers * config.num_experts
     tiers.check(over, model, chosen, virtual)
-    if over and over.kind == "disk":
-        source = tiers.bank_directory(source, _weights(model), quant, progress)
+    source = _banked(source, over, model, quant, progress)
     flat, records = _read(source, model, slots == total, check_finite, progress)
-    opened, records = tiers.open_link(over, source, records, check_records)
+    opened, store, hosted = _store(model, chosen, records, slots, (over, source, check_records))
     made = Runtime(
         config=config,
         model=model,
         params=devices.dense_params(flat),
-        store=_store(model, chosen, records, slots == total, opened),
+        store=store,
         policy=chosen,
         slots=slots,
         context=context,
@@ -110,8 +110,10 @@ def load(
         virtual=virtual,
         max_batch=batch if budgeted else None,
         link=opened,
+        hosted=hosted,
         tier=str(over) if over else None,
         residency_file=residency_file,
+        policy_name=policy if isinstance(policy, str) else None,
     )
     return drafters.equipped(made, path_or_name, draft, kernels, load)
 
@@ -220,6 +222,15 @@ def _allocated(config: ModelConfig, dtype: str, device_memory: int | str | None)
     return memory
 
 
+def _banked(
+    source: pathlib.Path, over: tiers.Link | None, model: Decoder, quant: str | None, progress: Any
+) -> pathlib.Path:
+    """The converted directory if experts come from the disk, else the source itself."""
+    if over is None or over.kind != "disk":
+        return source
+    return tiers.bank_directory(source, _weights(model), quant, progress)
+
+
 def _read(
     source: pathlib.Path, model: Decoder, on_device: bool, check_finite: bool, progress: Any
 ) -> tuple[dict[str, Any], Any]:
@@ -233,11 +244,23 @@ def _read(
 
 
 def _store(
-    model: Decoder, chosen: Policy | None, records: Any, on_device: bool, link: Store | None
-) -> ExpertStore | None:
-    form = model.quant or model.dtype
-    store = devices.store(model.config, records, form, on_device=on_device, link=link)
-    return low_bits.for_policy(chosen, store)
+    model: Decoder,
+    chosen: Policy | None,
+    records: Any,
+    slots: int,
+    link: tuple[tiers.Link | None, pathlib.Path, bool],
+) -> tuple[Store | None, ExpertStore | None, Records | None]:
+    """What experts are moved over, the store, and what the host computes from beside a GPU.
+
+    Args:
+        link: which, from what source, and whether records are checked.
+    """
+    over, source, checked = link
+    opened, records = tiers.open_link(over, source, records, checked)
+    config, form = model.config, model.quant or model.dtype
+    on_device = slots == config.num_moe_layers * config.num_experts
+    store = devices.store(config, records, form, on_device=on_device, link=opened)
+    return opened, *devices.open_to_host(low_bits.for_policy(chosen, store), chosen)
 
 
 def _weights(model: Decoder) -> WeightMap:

@@ -14,6 +14,7 @@ from moejax.checkpoints.headers import read_small
 from moejax.checkpoints.rules import WeightMap
 from moejax.errors import CheckpointError
 from moejax.models.transformer import Decoder
+from moejax.state import ExpertStore
 
 TREE = "orbax"
 
@@ -45,7 +46,8 @@ def save_directory(
     flat, records = hf.load(source, weights, progress=progress)
     tree: dict[str, Any] = {"params": devices.dense_params(flat)}
     if records is not None:
-        tree["store"] = devices.store(model.config, records, model.dtype, on_device=False)
+        store = devices.store(model.config, records, model.dtype, on_device=False)
+        tree["store"] = _saved(store)
     partial.mkdir()
     for name in convert.COPIED:
         if (source / name).is_file():
@@ -67,11 +69,16 @@ def load_directory(
     abstract: dict[str, Any] = {"params": devices.abstract_params(model)}
     if model.config.moe_layers:
         sharding = devices.store_sharding(on_device)
-        store = devices.abstract_store(model)
+        store = _saved(devices.abstract_store(model))
         abstract["store"] = jax.tree.map(lambda leaf: leaf.update(sharding=sharding), store)
     tree = orbax.restore(pathlib.Path(directory) / TREE, abstract)
     flat = {f"{group}/{name}": a for group, d in tree["params"].items() for name, a in d.items()}
-    return flat, tree["store"].records if "store" in tree else None
+    return flat, tree["store"]["records"] if "store" in tree else None
+
+
+def _saved(store: ExpertStore) -> dict[str, Any]:
+    """What a directory holds of a store: Orbax refuses one with other fields, even empty ones."""
+    return {"records": store.records, "link": None, "low": None}
 
 
 def tree_leaves(directory: pathlib.Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:

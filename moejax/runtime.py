@@ -15,6 +15,7 @@ from moejax.cycles import Helper, Live
 from moejax.drawn import Token
 from moejax.errors import BudgetError, InputError, TokenizerError
 from moejax.generate import Engine
+from moejax.kernels.host import Records
 from moejax.kernels.transport import Store
 from moejax.live import DriftBudget
 from moejax.models.transformer import Decoder
@@ -61,9 +62,11 @@ class Runtime:
     per_layer: bool = False  # divide the slots evenly among the layers instead of pooling them
     max_batch: int | None = None  # sequences that the memory budget counted, None = no limit
     link: Store | None = None  # what experts are moved over; open as long as the runtime lives
+    hosted: Records | None = None  # what the host computes from beside a GPU; likewise
     tier: str | None = None  # the link's name
     residency_file: pathlib.Path | None = None  # for warm starts: read if it exists, then written
     draft: "Runtime | None" = None  # the model that drafts, for policies that want one
+    policy_name: str | None = None  # as `load` was given it, if not as a `Policy`
     stats: Stats = dataclasses.field(init=False)
     _live: Live = dataclasses.field(default_factory=Live, init=False, repr=False)
     _tokenizer: Tokenizer | None = dataclasses.field(default=None, init=False, repr=False)
@@ -100,6 +103,17 @@ class Runtime:
         if self.policy is None:
             return 0
         return min(self.slots, max(int(self.policy.capacity), 1))
+
+    def plain_step_ms(self, stats: Stats | None = None) -> float | None:
+        """A plain step's milliseconds, as a run that chooses its draft lengths timed it.
+
+        None under other policies, and where hardly any was timed.
+
+        Args:
+            stats: of the run; None = the latest of this runtime.
+        """
+        enough = (stats or self.stats).draft_lengths.get(0, 0) > 1  # the first may be compiling
+        return self._live.costs.plain_ms if enough and self._live.renewed else None
 
     @property
     def stop_ids(self) -> frozenset[int]:

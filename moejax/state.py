@@ -51,13 +51,27 @@ class LowBits:
 
 
 @pytree
+class HostRecords:
+    """The store's records as the host computes from them while the program runs on a GPU."""
+
+    handle: jax.Array  # [] i32, of `kernels.host.Records`
+    way: str = static()  # one of `kernels.host.WAYS`
+
+
+@pytree
 class ExpertStore:
     """The full set of experts, on the host or behind a link; never changes."""
 
     records: jax.Array | None  # [L * E, R] bits; None = only to be had over the link
     link: jax.Array | None = None  # [] i32, handle of a `kernels.transport.Store`; None = memory
     low: LowBits | None = None
+    host: HostRecords | None = None  # None = the host's experts run on `records` where they lie
     layout: RecordLayout = static()
+
+    @property
+    def can_fail(self) -> bool:
+        """Whether `StepTrace.failure` may be other than 0."""
+        return self.link is not None or self.host is not None
 
 
 @pytree
@@ -141,7 +155,8 @@ class StepTrace:
     low: jax.Array  # [L] i32, experts computed from their low-bit copies
     passes: jax.Array  # [L] i32, passes over the slots
     stall: jax.Array  # [L] i32, microseconds waited for the link
-    failure: jax.Array  # [L] i32, 0, or why records did not arrive (`kernels.transport.Status`)
+    # [L] i32, 0, or why records did not arrive or the host not compute (`kernels.transport.Status`)
+    failure: jax.Array
     exact_needed: jax.Array  # [L] i32, distinct experts that the model's own router picks
     exact_hits: jax.Array  # [L] i32, of those, resident when the layer began
     replaced: jax.Array  # [L] i32, picks of the model's own router that were not made

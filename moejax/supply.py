@@ -52,6 +52,10 @@ class Moved:
             failure=jnp.where(self.failure > 0, self.failure, failure),
         )
 
+    def failed(self, failure: jax.Array) -> "Moved":
+        """With a failure that is not the link's, or 0."""
+        return self.add(jnp.int32(0), jnp.int32(0), failure)
+
 
 def layer_slots(policy: Policy, residency: Residency, layer: jax.Array, experts: int) -> jax.Array:
     """[E] slots of a layer's experts, -1 = absent."""
@@ -226,9 +230,16 @@ class Supply:
 
     def on_host(
         self, shelf: Shelf, chosen: jax.Array, plan: Any, x: jax.Array, rows: jax.Array
-    ) -> jax.Array:
-        """Run the experts `chosen` [E] where memory holds their records."""
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Run the experts `chosen` [E] where memory holds their records.
+
+        Returns:
+            The rows, and the failure [] i32 of a host beside a GPU, None where there is none.
+        """
         index, link = jnp.where(chosen, self.ids(), -1), self.store.link
+        if self.store.host is not None:
+            layout, host = self.store.layout, self.store.host
+            return kernels.experts_on_host(layout, host, index, plan, x, rows)
         if link is not None:
             # Behind the requests, so that the link works meanwhile; and of x too: the others may be
             # the same in every layer, and XLA would begin once.
@@ -238,7 +249,7 @@ class Supply:
         if link is not None:
             count = chosen.sum(dtype=jnp.int32)
             rows = _behind(rows, transport.host_end(link, count, rows, index))
-        return rows
+        return rows, None
 
     def compute(
         self,

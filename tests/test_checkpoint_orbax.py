@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax import orbax_directory
 from moejax.checkpoints.orbax import restore, save
 from moejax.errors import CheckpointError
 
@@ -130,3 +131,20 @@ def test_a_damaged_checkpoint_is_refused(damage, values_only, tmp_path):
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(CheckpointError, match="cannot restore .*x: "):
         restore(tmp_path / "x", wanted)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Earlier:
+    """The expert store when directories were first saved."""
+
+    records: jax.Array
+    link: None = None
+    low: None = None
+
+
+def test_directories_of_earlier_versions_load(tmp_path, small):
+    tree = {"params": small.params, "store": Earlier(small.store.records)}
+    save(tmp_path / orbax_directory.TREE, tree)
+    _, records = orbax_directory.load_directory(tmp_path, small.model, on_device=True)
+    np.testing.assert_array_equal(records, small.store.records)

@@ -35,9 +35,9 @@ Notice& notice = *new Notice;  // never destroyed: workers may outlive main
 
 namespace {
 
-std::string& names() {
-  static std::string text;
-  return text;
+std::string& names(bool cuda) {
+  static std::string text[2];
+  return text[cuda];
 }
 
 struct Candidate {
@@ -100,17 +100,19 @@ std::atomic<const Kernels*>& current() {
 
 }  // namespace
 
-Registrar::Registrar(const char* name) {
-  if (!names().empty()) names() += ",";
-  names() += name;
+Registrar::Registrar(const char* name, bool cuda) {
+  std::string& listed = names(cuda);
+  if (!listed.empty()) listed += ",";
+  listed += name;
 }
 
 const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
 
 }  // namespace moejax
 
-// Comma-separated names of the exported FFI handlers.
-MOEJAX_EXPORT const char* moejax_handlers() { return moejax::names().c_str(); }
+// Comma-separated names of the exported FFI handlers: of CPUs, and of NVIDIA's GPUs.
+MOEJAX_EXPORT const char* moejax_handlers() { return moejax::names(false).c_str(); }
+MOEJAX_EXPORT const char* moejax_cuda_handlers() { return moejax::names(true).c_str(); }
 
 MOEJAX_EXPORT const char* moejax_isa() { return moejax::kernels().name; }
 

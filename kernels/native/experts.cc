@@ -4,10 +4,12 @@
 #include <string>
 #include <vector>
 
+#include "experts.h"
 #include "handlers.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "scratch.h"
+#include "threads.h"
 #include "work.h"
 
 namespace moejax {
@@ -68,7 +70,8 @@ class Call {
         format_(format), round_(format == kBfloat16), gate_up_offset_(gate_up_offset),
         down_offset_(down_offset) {}
 
-  void run(ffi::ThreadPool& pool, const float* x, int64_t tokens, float* y) {
+  template <class Pool>
+  void run(Pool& pool, const float* x, int64_t tokens, float* y) {
     const int64_t total = static_cast<int64_t>(plan_.picks.size());
     if (!total) return;
     x_stride_ = k_.packed_bytes(width_, round_);
@@ -139,6 +142,33 @@ class Call {
   Scratch x_, h_;
 };
 
+}  // namespace
+
+template <class Pool>
+std::string run_experts(Pool& pool, const ExpertsWork& work) {
+  const Matrix gate_up{nullptr, 2 * work.expert_width, work.width, work.format};
+  const Matrix down{nullptr, work.width, work.expert_width, work.format};
+  const auto holds = [&](int64_t at, const Matrix& matrix) {
+    return at >= 0 && matrix.bytes() <= work.stride - at;
+  };
+  if (!holds(work.gate_up_offset, gate_up) || !holds(work.down_offset, down)) {
+    return "a record of " + std::to_string(work.stride) + " bytes does not hold its matrices";
+  }
+  Plan grouped;
+  const std::string wrong = plan(work.source, work.records, work.stride, work.index, work.experts,
+                                 work.picks, work.tokens * work.top_k, grouped);
+  if (!wrong.empty()) return wrong + " is out of range";
+  Call call(kernels(), grouped, work.width, work.expert_width, work.top_k, work.format,
+            work.gate_up_offset, work.down_offset);
+  call.run(pool, work.x, work.tokens, work.y);
+  return "";
+}
+
+template std::string run_experts(ffi::ThreadPool& pool, const ExpertsWork& work);
+template std::string run_experts(Threads& pool, const ExpertsWork& work);
+
+namespace {
+
 ffi::Error Experts(ffi::ThreadPool pool, ffi::AnyBuffer source, ffi::Buffer<ffi::S32> index,
                    ffi::Buffer<ffi::S32> picks, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> y_in,
                    ffi::ResultBuffer<ffi::F32> y, int64_t width, int64_t expert_width,
@@ -149,27 +179,23 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::AnyBuffer source, ffi::Buffer<ffi:
     std::memcpy(y->typed_data(), y_in.typed_data(), y_in.size_bytes());
   }
   if (!records || !tokens || !top_k) return ffi::Error::Success();
-  const int64_t stride = static_cast<int64_t>(source.size_bytes()) / records;
-  const Matrix gate_up{nullptr, 2 * expert_width, width, static_cast<Format>(format)};
-  const Matrix down{nullptr, width, expert_width, static_cast<Format>(format)};
-  const auto holds = [&](int64_t at, const Matrix& matrix) {
-    return at >= 0 && matrix.bytes() <= stride - at;
-  };
-  if (!holds(gate_up_offset, gate_up) || !holds(down_offset, down)) {
-    return ffi::Error::InvalidArgument("moejax_experts: a record of " + std::to_string(stride) +
-                                       " bytes does not hold its matrices");
-  }
-  Plan grouped;
-  const auto* data = static_cast<const uint8_t*>(source.untyped_data());
-  const auto known = static_cast<int64_t>(index.element_count());
-  const std::string wrong = plan(data, records, stride, index.typed_data(), known,
-                                 picks.typed_data(), tokens * top_k, grouped);
-  if (!wrong.empty()) {
-    return ffi::Error::InvalidArgument("moejax_experts: " + wrong + " is out of range");
-  }
-  Call call(kernels(), grouped, width, expert_width, top_k, gate_up.format, gate_up_offset,
-            down_offset);
-  call.run(pool, x.typed_data(), tokens, y->typed_data());
+  const ExpertsWork work{static_cast<const uint8_t*>(source.untyped_data()),
+                         records,
+                         static_cast<int64_t>(source.size_bytes()) / records,
+                         index.typed_data(),
+                         static_cast<int64_t>(index.element_count()),
+                         picks.typed_data(),
+                         tokens,
+                         top_k,
+                         x.typed_data(),
+                         y->typed_data(),
+                         width,
+                         expert_width,
+                         static_cast<Format>(format),
+                         gate_up_offset,
+                         down_offset};
+  const std::string wrong = run_experts(pool, work);
+  if (!wrong.empty()) return ffi::Error::InvalidArgument("moejax_experts: " + wrong);
   return ffi::Error::Success();
 }
 

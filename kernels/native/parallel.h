@@ -1,4 +1,4 @@
-// Loops over XLA's own intra-op threads.
+// Loops over the threads of a pool, such as XLA's own intra-op threads.
 #pragma once
 
 #include <atomic>
@@ -10,8 +10,6 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-
-#include "xla/ffi/api/ffi.h"
 
 namespace moejax {
 
@@ -123,8 +121,8 @@ class Notice {
 extern Notice& notice;  // dispatch.cc
 
 // body(i) for i in [0, count), in any order, on the caller and up to `pool`'s other threads.
-template <class Body>
-void parallel_for(xla::ffi::ThreadPool& pool, int64_t count, bool small, const Body& body) {
+template <class Pool, class Body>
+void parallel_for(Pool& pool, int64_t count, bool small, const Body& body) {
   auto call = +[](const void* b, int64_t i) { (*static_cast<const Body*>(b))(i); };
   int64_t workers = 1;
   if (!small && count > 1) {

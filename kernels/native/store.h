@@ -26,6 +26,7 @@ enum Error : int32_t {
   kBadChecksum = 3,
   kBadRequest = 4,  // an expert, slot or record size that the store does not have
   kNoStore = 5,
+  kHostFailed = 6,  // of experts computed for a GPU: no memory, say
 };
 
 enum class Kind : int32_t { kDemand = 0, kPrefetch = 1 };

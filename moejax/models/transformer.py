@@ -185,7 +185,7 @@ class Decoder(nn.Module):
         logits = _logits(config, weights, x, span, all_logits)
         # Positions beyond the KV cache were not written: better no numbers than wrong ones.
         wrong, length = span.length > jax.tree.leaves(kv)[0].shape[2], span.length
-        if store is not None and store.link is not None:
+        if store is not None and store.can_fail:
             # Records did not arrive: as if the step had not been, but for slots filled by then.
             failed = trace.failure.any()
             wrong, length = wrong | failed, jnp.where(failed, state.length, length)
