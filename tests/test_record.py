@@ -17,7 +17,7 @@ from moejax.cli.traces import app
 from moejax.errors import InputError, NonFiniteError, PolicyError
 from moejax.kernels import build
 from moejax.policies.policy import policy
-from moejax.simulator import needs
+from moejax.simulator import labels, runs
 from moejax.simulator.simulate import Asked, simulate
 from moejax.traces import record
 from moejax.traces.recorder import outcomes
@@ -241,8 +241,7 @@ def test_what_a_run_learned_is_recorded_and_replayed(directory, tmp_path, name, 
     """Costs and rates by each pass, through a file: the replay decides in every layer alike."""
     runtime = moejax.load(directory, slots=5, context=128, policy=name, link="paced:0.001,50")
     keep = record.Keep(residency=True, full=True)
-    about = {"policy": name}
-    options = {"max_new_tokens": NEW, "keep": keep, "batch": batch, "about": about}
+    options = {"max_new_tokens": NEW, "keep": keep, "batch": batch}
     record.record(runtime, PROMPTS, **options).save(tmp_path / "t.npz")
     trace = Trace.load(tmp_path / "t.npz")
     load = trace.counts["load_us"]
@@ -251,6 +250,7 @@ def test_what_a_run_learned_is_recorded_and_replayed(directory, tmp_path, name, 
     asked = Asked(semantics="engine", check=True)
     [found] = simulate(trace, [name], [5], asked, keep=True)
     assert found.label == "exact" and found.total("host") > 0
+    assert trace.about["policy"] == name
     for count in ("needed", "hits", "fetched", "prefetched", "host", "passes", "prefetch_used"):
         np.testing.assert_array_equal(found.counts[count], trace.counts[count], count)
     np.testing.assert_array_equal(found.resident, trace.resident)
@@ -262,9 +262,56 @@ def test_what_a_run_learned_is_recorded_and_replayed(directory, tmp_path, name, 
         slow = trace.counts | {"rate": np.zeros_like(trace.counts["rate"])}
         [slow] = simulate(dataclasses.replace(trace, counts=slow), [name], [5], asked, keep=True)
         assert slow.total("prefetched") == 0 < found.total("prefetched")
-        for other, slots in (("auto:load=1,gamma=2,decay=0.5", 5), (name, 6)):
-            made = dataclasses.replace(policy(other), capacity=np.int32(slots))
-            assert needs.unknown(trace, made, False) == "open-loop, at the pace of another run"
+    others = {
+        "balanced:load=1,host=1": ("balanced:load=1,host=2", labels.OTHER_COSTS),
+        "auto:load=1,gamma=2": ("auto:load=1,gamma=2,decay=0.5", labels.OTHER_WINDOWS),
+    }
+    other, label = others[name]
+    for made, slots in ((other, 5), (name, 6)):
+        made = dataclasses.replace(policy(made), capacity=np.int32(slots))
+        assert labels.unknown(trace, made, False, found.counts) == label
+
+
+@needs_native
+def test_costs_that_no_file_holds_are_left_out_whole(directory, tmp_path):
+    """Of a link that was free, the host's cost is infinite until an expert ran there."""
+    name = "balanced:load=0,host=1"
+    runtime = moejax.load(directory, slots=5, context=128, policy=name, link="paced:0.001,50")
+    record.record(runtime, PROMPTS[:1], max_new_tokens=4).save(tmp_path / "t.npz")
+    trace = Trace.load(tmp_path / "t.npz")
+    assert "hits" in trace.counts and not {"load_us", "host_us"} & set(trace.counts)
+    [found] = simulate(trace, [name], [5], ENGINE)
+    assert found.label == labels.UNKNOWN_COSTS
+
+
+def test_a_recording_says_whose_run_it_is(loaded):
+    """By the numbers that ran, whatever name the policy was loaded by."""
+    runtime = loaded("lookup:gamma=2")
+    about = record.follow(loaded("lru"), [[1, 2, 3]], prompt=2).about
+    assert about["policy"] == "lru" and about["capacity"] == 5 and about["per_layer"] is False
+    assert about[runs.PARTS] == runs.parts_of(policy("lru"))
+    made = dataclasses.replace(policy("lookup:gamma=1"), capacity=np.int32(4))
+    changed = dataclasses.replace(runtime, policy=made)
+    about = record.record(changed, [[1, 2, 3]], max_new_tokens=3).about
+    assert about["policy"] is None and about["capacity"] == 4
+    assert about[runs.PARTS] == runs.parts_of(made) != runs.parts_of(runtime.policy)
+
+
+@needs_native
+def test_windows_of_the_text_are_those_of_a_run_with_more_slots(loaded):
+    """What a replay calls exact, against a real run with the budget that it was asked for."""
+    options = {"max_new_tokens": 16, "keep": record.Keep(residency=True)}
+    options |= {"sampling": {"temperature": 0.2}, "seed": 1}
+    prompts = [[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6, 7], [3, 4, 3, 4, 3, 4]]
+    name = "lookup:gamma=2"
+    few, many = (record.record(loaded(name, slots=n), prompts, **options) for n in (5, 9))
+    assert runs.drafted(few) and few.counts["hits"].sum() < many.counts["hits"].sum()
+    replays = simulate(few, [name], [5, 9], ENGINE, keep=True)
+    for trace, found in zip((few, many), replays, strict=True):
+        assert found.label == "exact"
+        np.testing.assert_array_equal(found.resident, trace.resident)
+        for count in runs.COUNTED:
+            np.testing.assert_array_equal(found.counts[count], trace.counts[count], count)
 
 
 @needs_native
@@ -310,9 +357,11 @@ def test_drafts_are_recorded_token_by_token(loaded, tmp_path):
         np.testing.assert_array_equal(getattr(own, name), getattr(plain, name), name)
     for asked, policies in ((Asked(), ["lru", "belady"]), (ENGINE, ["self-draft:gamma=3"])):
         for one, other in zip(
-            *(simulate(t, policies, [6], asked) for t in (trace, plain)), strict=True
+            *(simulate(t, policies, [5, 6], asked) for t in (trace, plain)), strict=True
         ):
             assert one.as_dict() == other.as_dict()
+            own = asked is ENGINE and one.slots == 5
+            assert own == (one.label == "exact")
     found, without = statistics(trace), statistics(plain)
     assert without.drafts is None and found.drafts.rows == kept + lost
     assert dataclasses.replace(found, drafts=None) == without

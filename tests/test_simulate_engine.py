@@ -11,7 +11,7 @@ from moejax import decode
 from moejax.policies.foresight import Promote
 from moejax.policies.policy import policy
 from moejax.policies.prediction import Everything, NoPrediction, PreviousToken
-from moejax.simulator import needs, replay
+from moejax.simulator import labels, replay, runs
 from moejax.simulator.simulate import Asked, simulate
 from moejax.traces.recorder import Keep, Recorder
 from moejax.traces.trace import Phase, Trace
@@ -119,8 +119,13 @@ def test_what_a_trace_does_not_hold_is_not_called_exact(model, balanced):
     made, per_layer, _ = EXACT["balanced"]
 
     def label(trace, made):
+        """Of a replay that counted what the run did."""
         own = dataclasses.replace(made, capacity=jnp.int32(9))
-        return needs.unknown(trace, own, per_layer) or "exact"
+        return labels.unknown(trace, own, per_layer, trace.counts) or "exact"
+
+    def run_of(trace, made):
+        whose = {"capacity": 9, "per_layer": per_layer, "policy_parts": runs.parts_of(made)}
+        return dataclasses.replace(trace, about=trace.about | whose)
 
     linked = dataclasses.replace(balanced, about=balanced.about | {"link": "paced:20,1"})
     [found] = simulate(linked, [made], [9], dataclasses.replace(CHECKED, per_layer=per_layer))
@@ -133,14 +138,14 @@ def test_what_a_trace_does_not_hold_is_not_called_exact(model, balanced):
     assert label(told, policy("score-window:window=4")) == "exact"
     priced = mixed("lru", placement=policy("auto").placement)
     assert label(told, priced).startswith("open-loop, learns costs")
-    assert label(told, made) == "exact"
+    assert label(told, made) == labels.OTHER_COSTS
+    assert label(run_of(told, made), made) == "exact"
     assert label(linked, mixed("lru", foresight=Promote())) == "exact"  # learns nothing
     promoting = dataclasses.replace(made, foresight=Promote())
     assert label(told, promoting).startswith("open-loop, learns costs")
     rated = dataclasses.replace(told, counts=told.counts | {"rate": ones})
-    assert label(rated, promoting) == "exact"
-    other = dataclasses.replace(rated, about=rated.about | {"capacity": 10})
-    assert label(other, promoting) == "open-loop, at the pace of another run"
+    assert label(run_of(rated, promoting), promoting) == "exact"
+    assert label(run_of(rated, made), promoting) == labels.OTHER_COSTS
     rounded = dataclasses.replace(balanced, scores=balanced.scores.astype(np.float16))
     assert label(rounded, policy("score-window:window=4")) == "rounded scores"
     assert label(rounded, policy("lru")) == "exact"
@@ -152,8 +157,11 @@ def test_what_a_trace_does_not_hold_is_not_called_exact(model, balanced):
 
 @pytest.fixture(scope="module")
 def lossy(model):
-    made = mixed("smoe:alpha=0.6,window=4,load=1,host=2", predictor=NoPrediction())
-    return made, real(model, made, 7)
+    parts = {"predictor": NoPrediction(), "speculation": policy("lookup:gamma=5").speculation}
+    made = mixed("smoe:alpha=0.6,window=4,load=1,host=2", **parts)
+    trace = real(model, made, 7)
+    whose = {"capacity": 7, "per_layer": False, "policy_parts": runs.parts_of(made)}
+    return made, dataclasses.replace(trace, about=trace.about | whose)
 
 
 def test_substitution_is_made_again(lossy):

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moejax.errors import InputError
-from moejax.traces.trace import Outcome, Phase, Trace
+from moejax.traces.trace import Phase, Trace
 
 CURVES = pathlib.Path(__file__).with_name("reuse.json")
 
@@ -99,7 +99,7 @@ def expected(
         low=uniform(slots, layers, experts, top_k),
         middle=float(np.mean(rates)),
         high=max(rates),
-        source=f"reuse curves of recorded routing ({names}), least: uniform routing",
+        source=f"by the reuse curves of recorded routing ({names}); the least is uniform routing's",
     )
 
 
@@ -127,16 +127,6 @@ def pool_hit_rate(uses: Uses, slots: int) -> float:
     return hits / needed
 
 
-def _replaced(trace: Trace) -> bool:
-    """Whether picks are known to be others than the model's own router would have made."""
-    outcome = trace.outcome
-    return (
-        trace.about.get("exact") is False
-        or (outcome is not None and bool((outcome == Outcome.SUBSTITUTE).any()))
-        or bool(np.any(trace.counts.get("replaced", 0)))
-    )
-
-
 def of_trace(trace: Trace) -> Curve:
     """The curve of a trace's decode steps, each pass's experts at once, after its prompts.
 
@@ -146,7 +136,7 @@ def of_trace(trace: Trace) -> Curve:
     Raises:
         InputError: the trace has no decode step, or is lossy and lacks the model's own picks.
     """
-    if trace.exact is None and _replaced(trace):
+    if trace.exact is None and trace.replaced:
         raise InputError(
             "the trace is of a lossy run and lacks the picks of the model's own router, which "
             "plans go by: record one under an exact policy such as lru"

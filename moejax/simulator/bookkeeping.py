@@ -28,9 +28,9 @@ class Tables(Supply):
 
     def on_host(
         self, shelf: Shelf, chosen: jax.Array, plan: Any, x: jax.Array, rows: jax.Array
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, None]:
         """Nothing."""
-        return rows
+        return rows, None
 
     def find(
         self,

@@ -1,4 +1,4 @@
-"""What the future would allow: Belady's choice of who leaves, and a cache that forgets nothing."""
+"""What the future would allow: Belady's choice of who leaves."""
 
 import numpy as np
 
@@ -60,10 +60,3 @@ def _later(uses: np.ndarray, moment: np.ndarray) -> np.ndarray:
     while (same := (when[after[:-1]] == moment)).any():
         after[:-1] = np.where(same, after[after[:-1]], after[:-1])
     return when[after[:-1]]
-
-
-def seen_before(uses: np.ndarray) -> np.ndarray:
-    """[M] bool, hits of an infinite cache: all uses of an id but the first."""
-    found = np.zeros(len(uses), bool)
-    found[np.setdiff1d(np.arange(len(uses)), np.unique(uses, return_index=True)[1])] = True
-    return found & (uses >= 0)

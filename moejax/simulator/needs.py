@@ -13,7 +13,6 @@ from moejax.errors import InputError, PolicyError
 from moejax.policies.eviction import Access
 from moejax.policies.placement import Demand
 from moejax.policies.policy import Policy
-from moejax.policies.policy import policy as preset
 from moejax.policies.prediction import Ahead, NoCutoff, NoPrediction, View
 from moejax.policies.routing import Scored
 from moejax.traces.trace import Trace
@@ -119,37 +118,6 @@ def recorded(trace: Trace, policy: Policy) -> set[str]:
     """The counts with what the policy learns, if the trace has all of it; lossy ones learn none."""
     names = live.names_of(policy) or set()
     return names if policy.exact and names <= set(trace.counts) else set()
-
-
-def unknown(trace: Trace, policy: Policy, per_layer: bool) -> str | None:
-    """Why a replay of an exact policy may differ from its run, in what the trace does not hold."""
-    if trace.about.get("link") and (names := live.names_of(policy)) != set():
-        if names is None or not names <= set(trace.counts):
-            return "open-loop, learns costs that were not recorded"
-        if "rate" in names and not _own_run(trace, policy, per_layer):
-            return "open-loop, at the pace of another run"
-    if not reads_scores(policy, trace.layers, trace.experts):
-        return None
-    if trace.scores is None:
-        return "truncated scores"
-    return "rounded scores" if trace.scores.dtype == np.float16 else None
-
-
-def _own_run(trace: Trace, policy: Policy, per_layer: bool) -> bool:
-    """Whether a trace may be of a run of this policy with as many slots: a step takes as long."""
-    about = trace.about
-    setting = {"capacity": int(policy.capacity), "per_layer": per_layer}
-    if any(about.get(name, own) != own for name, own in setting.items()):
-        return False
-    if about.get("policy") is None:
-        return True
-    try:
-        made = dataclasses.replace(preset(about["policy"]), capacity=policy.capacity)
-    except PolicyError:
-        return False
-    pairs = zip(jax.tree.leaves(made), jax.tree.leaves(policy), strict=False)
-    same = jax.tree.structure(made) == jax.tree.structure(policy)
-    return same and all(np.array_equal(a, b) for a, b in pairs)
 
 
 def check_start(start: np.ndarray, trace: Trace, slots: int) -> None:

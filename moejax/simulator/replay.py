@@ -27,7 +27,7 @@ from moejax.policies.policy import Policy
 from moejax.policies.prediction import Ahead
 from moejax.policies.routing import Routing, Scored, eligible_scores
 from moejax.simulator.bookkeeping import Tables
-from moejax.simulator.tape import Rows, Tape, Tapes
+from moejax.simulator.tape import Passes, Rows, Tape
 from moejax.state import ExpertCache, ExpertStore, Residency
 
 COUNTS = (
@@ -69,7 +69,7 @@ def separable(policy: Policy) -> bool:
 
 
 def run(
-    tapes: Tapes,
+    tapes: Passes,
     policies: Sequence[Policy],
     slots: int,
     setting: Setting,
@@ -89,7 +89,7 @@ def run(
     Raises:
         PolicyError: policies that differ in more than their numbers.
     """
-    layers = tapes.trace.layers
+    layers = tapes.layers
     stacked = _stacked(policies)
     even = not (np.asarray(stacked.capacity) % layers).any()
     if per_layer and even and start is None and not setting.keep and separable(policies[0]):
@@ -127,7 +127,7 @@ def _in_batches(
     program: Any,
     stacked: Policy,
     residency: Residency,
-    tapes: Tapes,
+    tapes: Passes,
     setting: Setting,
     only: Collection[str] | None,
 ) -> dict[str, np.ndarray]:
@@ -154,7 +154,7 @@ def _in_chunks(
     program: Any,
     policies: Policy,
     residency: Residency,
-    tapes: Tapes,
+    tapes: Passes,
     setting: Setting,
     only: Collection[str] | None,
 ) -> dict[str, np.ndarray]:
@@ -164,8 +164,7 @@ def _in_chunks(
     for tape in tapes:
         length = len(tape.place)
         if state is None:
-            layers = tapes.trace.layers
-            state = _begun(policies, residency, layers, setting, by_layer=by_layer)
+            state = _begun(policies, residency, tapes.layers, setting, by_layer=by_layer)
         state, made = program(policies, state, tape, setting)
         axis = 2 if by_layer else 1
         for name in made if only is None else only:

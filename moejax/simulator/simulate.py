@@ -10,16 +10,12 @@ import numpy as np
 from moejax.config import RouterRule
 from moejax.errors import BudgetError, InputError, PolicyError
 from moejax.policies.policy import Policy, policy, policy_names
-from moejax.simulator import accesses, needs, replay
+from moejax.simulator import accesses, labels, needs, replay
 from moejax.simulator.tape import replayed, tapes_of
 from moejax.traces.trace import Phase, Trace
 
 SEMANTICS = ("access", "engine")
 WARM = ("prefill", "none")
-# Who is used again latest leaves: by tokens, as is usual, or by single uses, which is the optimum.
-FUTURE = {"belady": "knows the future", "optimal": "bound"}
-OTHER = "open-loop, the run was lossy"
-CLOSE = 0.01  # of the tokens: picks that differ by the rounding of recorded scores alone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,13 +189,13 @@ def _name(given: str | Policy) -> str:
 
 def _known(name: str) -> Policy | None:
     """The policy of a name; None for those that know the future."""
-    if name in FUTURE:
+    if name in labels.FUTURE:
         return None
     try:
         return policy(name)
     except PolicyError as error:
         if "unknown policy" in str(error):
-            known = ", ".join([*FUTURE, *policy_names()])
+            known = ", ".join([*labels.FUTURE, *policy_names()])
             raise PolicyError(f"unknown policy {name!r}; known: {known}") from None
         raise
 
@@ -231,20 +227,21 @@ def _foreseen(trace: Trace, name: str, slots: int, asked: Asked) -> Simulated:
     uses = accesses.distinct(trace) if engine else trace.picks
     shielded = name != "optimal"
     hits = accesses.belady(uses, trace.experts, capacity, asked.per_layer, shielded=shielded)
-    counts = _of_passes(uses >= 0, hits) if engine else access_counts(trace, hits)
-    return _result(trace, name, slots, asked, label=FUTURE[name], counts=counts)
+    counts = _counted((uses >= 0).sum(axis=2), hits.sum(axis=2))
+    counts = counts if engine else access_counts(trace, hits.sum(axis=2))
+    label = labels.foreseen(trace, name)
+    return _result(trace, name, slots, asked, label=label, counts=counts)
 
 
-def _of_passes(used: np.ndarray, hits: np.ndarray) -> dict[str, np.ndarray]:
-    needed, found = used.sum(axis=-1), hits.sum(axis=-1)
-    return {"needed": needed, "hits": found, "fetched": needed - found}
+def _counted(needed: np.ndarray, hits: np.ndarray) -> dict[str, np.ndarray]:
+    return {"needed": needed, "hits": hits, "fetched": needed - hits}
 
 
 def access_counts(trace: Trace, hits: np.ndarray) -> dict[str, np.ndarray]:
-    """[P, L] accesses, hits and misses of each pass, from hits [N, L, K]."""
-    by_token = _of_passes(trace.picks >= 0, hits)
+    """[P, L] accesses, hits and misses of each pass, from the hits [N, L] of each token."""
     starts = trace.offsets()[:-1]
-    return {name: np.add.reduceat(count, starts) for name, count in by_token.items()}
+    used = (trace.picks >= 0).sum(axis=2)
+    return _counted(*(np.add.reduceat(each, starts) for each in (used, hits)))
 
 
 def own_picks(trace: Trace) -> Trace:
@@ -258,7 +255,7 @@ def per_step(trace: Trace) -> tuple[float, float]:
     """Distinct experts of a layer, and tokens of a sequence, in a prepared trace's decode step."""
     kept = own_picks(trace.of_passes(replayed(trace)))
     step = kept.pass_phases() != Phase.PREFILL
-    number = (accesses.distinct(kept) >= 0).sum(axis=-1)[step].mean()
+    number = accesses.needed(kept)[step].mean()
     rows = step[kept.run]
     pairs = np.unique(np.stack([kept.run[rows], kept.sequence[rows]]), axis=1)
     return float(number), float((rows & kept.accepted).sum() / pairs.shape[1])
@@ -271,8 +268,7 @@ def unavoidable(trace: Trace, *, lossy: bool = False) -> np.ndarray:
         lossy: of the picks that were made; else of the model's own router's, if they are others.
     """
     kept = trace.of_passes(replayed(trace))
-    uses = accesses.distinct(kept if lossy else own_picks(kept))
-    return _of_passes(uses >= 0, accesses.infinite(uses, trace.experts))["fetched"]
+    return accesses.first_uses(kept if lossy else own_picks(kept))
 
 
 def _accessed(
@@ -289,30 +285,22 @@ def _accessed(
         capacities = [_capacity(trace, number, asked) for number in slots]
         found = accesses.lru(trace, capacities, asked.per_layer)
     else:
-        single = accesses.one_by_one(trace, asked.per_layer)
+        single = accesses.Singles(trace, asked.per_layer)
         size = single.experts
         if needs.reads_scores(made, layers, size):
             raise PolicyError(f"policy {name!r} reads router scores: use --semantics engine")
         room = [min(number, trace.layers * trace.experts) for number in slots]
         own = [dataclasses.replace(made, capacity=jnp.int32(number)) for number in room]
         setting = replay.Setting(experts=size, check=asked.check)
-        tapes = tapes_of(single, scores=False)
-        how = {"per_layer": asked.per_layer, "only": ("hits", "broken")}
-        counts = replay.run(tapes, own, max(room), setting, **how)
+        how = {"per_layer": asked.per_layer, "only": ("hits", *["broken"] * asked.check)}
+        counts = replay.run(single, own, max(room), setting, **how)
         _check_tables(counts, name)
-        found = [_folded(hits, trace, asked.per_layer) for hits in counts["hits"]]
-    label = "exact" if trace.exact is None else OTHER
+        found = [single.by_token(hits) for hits in counts["hits"]]
+    label = labels.accessed(trace)
     return [
         _result(trace, name, number, asked, label=label, counts=access_counts(trace, hits))
         for number, hits in zip(slots, found, strict=True)
     ]
-
-
-def _folded(hits: np.ndarray, trace: Trace, per_layer: bool) -> np.ndarray:
-    """[N, L, K] bool from counts of `accesses.one_by_one`."""
-    if not per_layer:
-        return hits.reshape(trace.picks.shape) > 0
-    return hits.reshape(trace.rows, trace.top_k, trace.layers).swapaxes(1, 2) > 0
 
 
 def _replayed(
@@ -325,7 +313,8 @@ def _replayed(
     start: np.ndarray | None,
 ) -> list[Simulated]:
     made = needs.with_prefetch(made, asked.prefetch)
-    lossy = trace.exact is not None
+    lossy = trace.replaced
+    how = {"per_layer": asked.per_layer, "oracle": asked.prefetch == "oracle"}
     if made.exact:
         trace = own_picks(trace)
     wide = made.looks_ahead or needs.reads_scores(made, trace.layers, trace.experts)
@@ -352,7 +341,9 @@ def _replayed(
     found = []
     for i, number in enumerate(slots):
         mine = {key: values[i] for key, values in counts.items()}
-        label = OTHER if lossy and made.exact else _label(kept, own[i], asked, mine)
+        label = labels.LOSSY_RUN
+        if not (lossy and made.exact):
+            label = labels.replayed(kept, own[i], mine, **how)
         if label is None:  # its own run, but for rounding: the recorded picks set it right
             again = dataclasses.replace(setting, recorded=True)
             other = replay.run(tapes, own[i : i + 1], max(room), again, **whole)
@@ -363,23 +354,8 @@ def _replayed(
     return found
 
 
-def _label(trace: Trace, made: Policy, asked: Asked, counts: dict[str, np.ndarray]) -> str | None:
-    """What the counts hold for; None if recorded picks should be followed instead."""
-    if made.exact:
-        if asked.prefetch == "oracle" and made.predictor.horizon:
-            return "bound, prefetch always right"
-        return needs.unknown(trace, made, asked.per_layer) or "exact"
-    picks = (trace.picks >= 0).any(axis=2).sum()
-    other = counts["differing"].sum() / picks
-    if trace.exact is not None and other == 0:
-        return "closed-loop"
-    if trace.exact is not None and other < CLOSE and not made.low_bit:
-        return None
-    return f"open-loop, {other:.1%} of picks differ"
-
-
 def _check_tables(counts: dict[str, np.ndarray], name: str) -> None:
-    if not counts["broken"].any():
+    if "broken" not in counts or not counts["broken"].any():
         return
     _, number, layer = np.argwhere(counts["broken"])[0]
     raise PolicyError(

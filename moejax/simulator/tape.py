@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +70,17 @@ def tapes_of(trace: Trace, *, scores: bool = True, learned: Collection[str] = ()
     return found
 
 
+class Passes(Protocol):
+    """What a replay reads: passes on tapes of one shape."""
+
+    layers: int  # L
+    passes: int  # T, on all tapes; what the last one has more of counts for nothing
+
+    def __iter__(self) -> Iterator[Tape]:
+        """The tapes, each made when its turn comes."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tapes:
     """A trace's passes on tapes of one shape, each made when its turn comes.
@@ -84,6 +95,11 @@ class Tapes:
     number: np.ndarray  # [T] of the passes, in the trace
     is_prompt: np.ndarray  # [T] bool
     counts: np.ndarray  # [T] rows
+
+    @property
+    def layers(self) -> int:
+        """L."""
+        return self.trace.layers
 
     @property
     def passes(self) -> int:

@@ -157,6 +157,16 @@ def check_about(about: Any) -> None:
     for name in ("source", "link", "policy"):
         if not isinstance(about.get(name), str | None):
             raise InputError(f"{name} of a trace must be text, not {about[name]!r:.40}")
+    for name in ("exact", "per_layer"):
+        if not isinstance(about.get(name), bool | None):
+            raise InputError(f"{name} {about[name]!r:.40} of a trace is not true or false")
+    capacity, parts = about.get("capacity"), about.get("policy_parts")
+    if capacity is not None and (type(capacity) is not int or capacity < 1):
+        raise InputError(f"capacity {capacity!r:.40} of a trace is not a number of slots")
+    if parts is not None and not (
+        isinstance(parts, dict) and all(isinstance(said, str) for said in parts.values())
+    ):
+        raise InputError(f"policy_parts {parts!r:.40} of a trace are not texts by name")
     if "router" in about:
         _check_router(about["router"])
 

@@ -26,6 +26,7 @@ from moejax.sampling import (
     sampling_from,
     sequence_keys,
 )
+from moejax.simulator import runs
 from moejax.speculate import Made, Target
 from moejax.state import DecodeState
 from moejax.stats import Stats
@@ -380,6 +381,8 @@ class _Run:
             "version": importlib.metadata.version("moejax"),
             "model_type": runtime.config.model_type,
             "router": dataclasses.asdict(runtime.config.router),
+            "policy": runs.name_of(runtime.policy, runtime.policy_name),
+            runs.PARTS: runs.parts_of(runtime.policy),
             "slots": runtime.slots,
             "capacity": runtime.slots_in_use,
             "per_layer": runtime.per_layer,

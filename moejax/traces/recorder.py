@@ -214,7 +214,8 @@ class Recorder:
 
     def _merge(self) -> None:
         for name, parts in self._parts.items():
-            self._merged[name].append(np.concatenate(parts))
+            if parts:
+                self._merged[name].append(np.concatenate(parts))
             parts.clear()
 
     def finished(self, model: str, about: dict[str, Any]) -> Trace:
@@ -227,6 +228,8 @@ class Recorder:
         for name in list(self._merged):
             group, _, own = name.rpartition("/")
             (counts if group else columns)[own] = np.concatenate(self._merged.pop(name))
+        # A cost that was infinite in between has no number there.
+        counts = {name: column for name, column in counts.items() if len(column) == self.passes}
         reads = self._log.found()
         about = about | ({"reads_lost": self._log.lost} if self._log.lost else {})
         made = Trace(

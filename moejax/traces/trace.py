@@ -90,6 +90,20 @@ class Trace:
         """[P] u8, the `Phase` of each pass."""
         return self.phase[self.offsets()[:-1]]
 
+    @property
+    def replaced(self) -> bool:
+        """Whether picks are known to be others than the model's own router would have made.
+
+        Drafts are not meant, which may make do with what is resident.
+        """
+        if self.exact is not None or self.about.get("exact") is False:
+            return True
+        if self.outcome is not None:
+            if (self.outcome[self.phase != Phase.DRAFT] == Outcome.SUBSTITUTE).any():
+                return True
+        replaced = self.counts.get("replaced")
+        return replaced is not None and bool(replaced[self.pass_phases() != Phase.DRAFT].any())
+
     def columns(self) -> dict[str, np.ndarray]:
         """The columns that are there."""
         found = {name: getattr(self, name) for name in COLUMNS}
@@ -197,7 +211,7 @@ def concatenated(traces: Sequence[Trace], about: dict[str, Any] | None = None) -
     """Traces of one model one after the other; sequences and passes are numbered on.
 
     Args:
-        about: of the whole; that of the first trace by default.
+        about: of the whole; by default what all traces have alike.
 
     Raises:
         InputError: none, or traces that differ in model, sizes or columns.
@@ -221,9 +235,19 @@ def concatenated(traces: Sequence[Trace], about: dict[str, Any] | None = None) -
     changes = {
         "counts": {n: np.concatenate([t.counts[n] for t in traces]) for n in first.counts},
         "reads": _joined_reads(traces, passes),
-        "about": first.about if about is None else about,
+        "about": _alike([t.about for t in traces]) if about is None else about,
     }
     return dataclasses.replace(first, **columns, **changes)
+
+
+def _alike(abouts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The entries that all have, with one value."""
+    first, *others = abouts
+    return {
+        name: value
+        for name, value in first.items()
+        if all(name in about and about[name] == value for about in others)
+    }
 
 
 def _joined_reads(traces: Sequence[Trace], passes: Sequence[int]) -> dict[str, np.ndarray]:

@@ -249,7 +249,8 @@ function drawCurve(context, view, box, curve, size, palette) {
   const y = (value) => top + height - (value / highest) * (height - 4);
   context.textAlign = "right";
   context.textBaseline = "middle";
-  for (const value of ticks(0, highest, 3)) {
+  const unit = curve.binary ? 1024 ** Math.floor(Math.log2(Math.max(highest, 1)) / 10) : 1;
+  for (const value of ticks(0, highest / unit, 3).map((part) => part * unit)) {
     context.fillStyle = palette.line;
     context.fillRect(GUTTER, Math.round(y(value)), view.width, 1);
     context.fillStyle = palette.faint;

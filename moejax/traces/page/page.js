@@ -243,7 +243,8 @@ class Page {
     const above = size ? this.moved.sums.map((count) => count * size) : this.moved.sums;
     const source = this.moved.counted ? "" : " (misses, and prefetched ones when used)";
     const label = `${size ? "bytes" : "records"} moved per ${per}${source}`;
-    const amount = { label, short: "moved", above, text: size ? inBytes : (n) => n.toLocaleString("en") };
+    const text = size ? inBytes : (n) => n.toLocaleString("en");
+    const amount = { label, short: "moved", above, text, binary: Boolean(size) };
     this.curves = [share, amount];
   }
 
@@ -386,8 +387,8 @@ function rejectedMark() {
 }
 
 function inBytes(count) {
-  const power = Math.min(3, Math.max(0, Math.floor(Math.log10(Math.max(count, 1)) / 3)));
-  return `${Number((count / 1000 ** power).toPrecision(3))} ${["B", "kB", "MB", "GB"][power]}`;
+  const power = Math.min(3, Math.floor(Math.log2(Math.max(count, 1)) / 10));
+  return `${Number((count / 1024 ** power).toPrecision(3))} ${["B", "KiB", "MiB", "GiB"][power]}`;
 }
 
 readData($("data").textContent)
