@@ -91,6 +91,7 @@ def named(name: str) -> Policy:
         "auto": f":{costs}",
         "auto:gamma=0": f",{costs}",
         "auto-lossy": f":{costs}",
+        "auto-lossy:gamma=3": f",{costs}",
     }
     return policy(name + extra.get(name, ""))
 

@@ -1,12 +1,12 @@
 """What `moejax plan` predicts against what was measured before, on this kind of machine.
 
-Claim:     from configs and headers alone the time of a token and of a prompt is predicted with a
-           median error of at most 25 %.
+Claim:     from configs and headers alone the time of a token is predicted with a median error of at
+           most 25 %.
 Command:   python -m experiments.plan_check --out experiments/results/plan_check.json
 Hardware:  any CPU; 2 cores take a minute (--quick: the same). It reads the records in `results/`
            and measures nothing; rates come from moejax/planner/server_2core.json (`plan_machine`).
-Expected:  the median error in the summary. Tokens of the embedded model take mostly constants,
-           those of the 1.72 B model mostly bytes.
+Expected:  the median errors in the summary, of tokens, prompts and each group of rows. Tokens of
+           the embedded model take mostly constants, those of the 1.72 B model mostly bytes.
 
 Hit rates are those to expect by the routing of other models (the embedded model's own curve is left
 out), of the random model those of uniform routing. "At the measured hit rate" leaves only the error
@@ -39,6 +39,13 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 PEERS = {"moejax bf16": None, "moejax int8": "int8", "moejax int4": "int4"}
 EMBEDDED = "embedded model"
 LIMIT = 0.25
+GROUPS = {
+    "resident": "all resident",
+    "memory": "copies in memory",
+    "link": "paced link",
+    "disk": "disk",
+}
+SPLIT = "paced link, split with the host"
 
 
 def record(name: str, folder: pathlib.Path) -> dict[str, Any]:
@@ -55,6 +62,7 @@ def work(config: Any, quant: str | None, context: int) -> Work:
 
 def row(
     kind: str,
+    group: str,
     what: str,
     measured_ms: float,
     times: predict.Times,
@@ -68,6 +76,7 @@ def row(
     total = times.total_ms
     return {
         "kind": kind,
+        "group": group,
         "what": what,
         "measured_ms": measured_ms,
         "predicted_ms": total,
@@ -94,7 +103,7 @@ class Embedded:
     def compare(
         self, what: str, found: dict, at: float, tier: str, on: Machine | None = None, **how: Any
     ) -> dict[str, Any]:
-        """One row.
+        """One row, grouped by where experts are.
 
         Args:
             found: slots, hit rate and milliseconds, as measured.
@@ -109,7 +118,8 @@ class Embedded:
         )
         rates = (found["hit_rate"], hits) if tier != "resident" else (1.0, 1.0)
         kind = EMBEDDED if how.get("drawn", True) else f"{EMBEDDED}, given tokens"
-        return row(kind, f"{kind}, {what}", found["tpot_ms"], times, on, tier, *rates, known)
+        group = f"tokens, {SPLIT if how.get('hosted') else GROUPS[tier]}"
+        return row(kind, group, f"{kind}, {what}", found["tpot_ms"], times, on, tier, *rates, known)
 
     def residency(self) -> list[dict[str, Any]]:
         """Copies within memory, with five log-probabilities beside each token."""
@@ -161,7 +171,9 @@ class Embedded:
                 }
                 where = ("resident", None) if share == 1 else ("link", paced)
                 what = f"{share:.1%} resident, paced link, {name}"
-                rows.append(self.compare(what, about, 96, *where, hosted=hosted))
+                waited = found["late"] * predict.moving_ms(self.work, paced, "link", 1)
+                late = {"late_per_token": found["late"], "late_ms": waited}
+                rows.append(self.compare(what, about, 96, *where, hosted=hosted) | late)
         return rows
 
 
@@ -178,12 +190,13 @@ def random(machine: Machine, folder: pathlib.Path) -> list[dict[str, Any]]:
         what = f"1.72 B, {found['peer'].split()[1]}, {found['test']}"
         if found["test"].startswith("tg"):
             times = predict.token(of_model, machine, "resident", 1.0, count / 2)
-            kind = "1.72 B, tokens"
+            kind, group = "1.72 B, tokens", "tokens, 1.72 B"
         else:
             whole = predict.prompt(of_model, machine, "resident", total, count, chunk_of(count))
             each = {f.name: getattr(whole, f.name) / count for f in dataclasses.fields(whole)}
             times, kind = predict.Times(**each), "1.72 B, prompts, per token"
-        rows.append(row(kind, what, found["ms_per_token"], times, machine, "resident"))
+            group = "prompts, 1.72 B"
+        rows.append(row(kind, group, what, found["ms_per_token"], times, machine, "resident"))
     return sorted(rows, key=lambda r: (r["kind"], r["what"])) + [limited(machine, config, folder)]
 
 
@@ -199,7 +212,59 @@ def limited(machine: Machine, config: Any, folder: pathlib.Path) -> dict[str, An
     share, hits = slots / (sizes[1] * sizes[2]), reuse.uniform(*sizes)
     times = predict.token(work(config, None, 512), machine, "disk", hits, 8)
     what = f"1.72 B, bf16, {share:.0%} resident, disk"
-    return row("1.72 B, disk", what, found["ms_per_token"], times, machine, "disk", None, hits)
+    group = "tokens, disk"
+    return row(
+        "1.72 B, disk", group, what, found["ms_per_token"], times, machine, "disk", None, hits
+    )
+
+
+def summarise(rows: list[dict]) -> dict[str, Any]:
+    """Medians and largest of the errors' sizes: of all rows, of tokens, prompts and each group."""
+    known = [r["error_with_hit_rate"] for r in rows if r["error_with_hit_rate"] is not None]
+    names = sorted({row["group"] for row in rows})
+    groups = {name: [row for row in rows if row["group"] == name] for name in names}
+    return {
+        "median_error": _median(rows),
+        "median_error_of_tokens": _median([r for r in rows if r["group"].startswith("tokens")]),
+        "median_error_of_prompts": _median([r for r in rows if r["group"].startswith("prompts")]),
+        "largest_error": max(abs(r["error"]) for r in rows),
+        "median_error_at_measured_hit_rates": statistics.median(map(abs, known)),
+        "by_group": [
+            {
+                "group": group,
+                "rows": len(own),
+                "median_error": _median(own),
+                "median_bias": statistics.median(r["error"] for r in own),
+                "largest_error": max(abs(r["error"]) for r in own),
+            }
+            for group, own in groups.items()
+        ],
+    }
+
+
+def beyond_resident(rows: list[dict]) -> list[dict[str, Any]]:
+    """What tokens of one record take beyond those with everything resident in it, in milliseconds.
+
+    Predicted at the measured hit rate, so that neither the state of the machine when the record was
+    made nor the hit rate is in the difference. Prefetched records that are needed before they are
+    there are no misses, and no part of the prediction: with them, each takes a whole load.
+    """
+    [base] = [row for row in rows if row["group"] == f"tokens, {GROUPS['resident']}"]
+    return [
+        {
+            "what": row["what"],
+            "measured_ms": row["measured_ms"] - base["measured_ms"],
+            "predicted_ms": row["with_hit_rate_ms"] - base["predicted_ms"],
+            "late_per_token": row["late_per_token"],
+            "with_late_ms": row["with_hit_rate_ms"] - base["predicted_ms"] + row["late_ms"],
+        }
+        for row in rows
+        if row is not base
+    ]
+
+
+def _median(rows: list[dict]) -> float:
+    return statistics.median(abs(r["error"]) for r in rows)
 
 
 def main() -> None:
@@ -212,28 +277,19 @@ def main() -> None:
     options = parser.parse_args()
     machine = machines.machine(options.hardware)
     found = Embedded(machine, options.results)
-    rows = found.residency() + found.given() + found.frontier()
-    rows += random(machine, options.results)
-    errors = [abs(r["error"]) for r in rows]
-    known = [abs(r["error_with_hit_rate"]) for r in rows if r["error_with_hit_rate"] is not None]
-    kinds = dict.fromkeys(r["kind"] for r in rows)
-    summary = {
-        "median_error": statistics.median(errors),
-        "largest_error": max(errors),
-        "median_error_at_measured_hit_rates": statistics.median(known),
-        "median_error_by_kind": {
-            kind: statistics.median(abs(r["error"]) for r in rows if r["kind"] == kind)
-            for kind in kinds
-        },
-    }
+    frontier = found.frontier()
+    rows = found.residency() + found.given() + frontier + random(machine, options.results)
+    summary = summarise(rows)
     report = {
-        "claim": "times are predicted from configs and headers with a median error within 25 %",
+        "claim": "the time of a token is predicted from configs and headers with a median error "
+        "within 25 %",
         "command": f"python -m experiments.plan_check --hardware {options.hardware}",
         "environment": environment("tiny and the random model of 1.72 B parameters"),
         "machine": dataclasses.asdict(machine),
         "rows": rows,
+        "beyond_resident": beyond_resident(frontier),
         "summary": summary,
-        "verdict": "holds" if summary["median_error"] <= LIMIT else "fails",
+        "verdict": "holds" if summary["median_error_of_tokens"] <= LIMIT else "fails",
     }
     if options.out:
         options.out.write_text(json.dumps(report, indent=1) + "\n")

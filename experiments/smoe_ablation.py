@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 import moejax
+from experiments import intervals
 from experiments import smoe_common as common
 from experiments.smoe_common import RESIDENCIES, Replay, Text, gap_closed, with_policy
 from moejax.policies.placement import HostAll
@@ -250,11 +251,14 @@ def stepwise(rows: list[dict]) -> list[dict]:
         start = find(rows, "lru", *where)
         changes = {
             name: row[key] / before[key] - 1
-            for name, key in (("tpot", "tpot_ms"), ("ttft", "ttft_ms"), ("hit_rate", "hit_rate"))
+            for name, key in (("ttft", "ttft_ms"), ("hit_rate", "hit_rate"))
         }
+        times = (row["times_ms"], before["times_ms"])
+        changes["tpot"], ends = intervals.paired(intervals.change, *times)
         found.append(
             {"name": row["name"], "residency": where[0], "batch": where[1]}
             | {f"{name}_change": value for name, value in changes.items()}
+            | {"tpot_change_interval": ends}
             | {"tpot_over_lru": row["tpot_ms"] / start["tpot_ms"]}
             | {"paper_tpot_change": PAPER[row["name"]]}
             | {"paper_hit_rate_change": PAPER_HITS[row["name"]]}
@@ -274,13 +278,15 @@ def summarise(rows: list[dict]) -> dict[str, Any]:
     whole, fetch = find(rows, "+balance"), find(rows, "+prefetch")
     rivals = [row for row in rows if row["batch"] == 1 and row["name"] in RIVALS]
     best = min([lru, *rivals], key=lambda row: row["tpot_ms"])
-    alone = find(rows, NO_PREFETCH)
+    ratios = {
+        "tpot_over_lru": (fetch, lru),
+        "tpot_over_lru_with_host": (whole, lru),
+        "tpot_over_lru_with_host_without_prefetch": (find(rows, NO_PREFETCH), lru),
+        "tpot_over_lru_by_finish_times": (find(rows, TIMELINES), lru),
+        "tpot_over_best_rival": (whole, best),
+    }
     return {
-        "tpot_over_lru": fetch["tpot_ms"] / lru["tpot_ms"],
-        "tpot_over_lru_with_host": whole["tpot_ms"] / lru["tpot_ms"],
-        "tpot_over_lru_with_host_without_prefetch": alone["tpot_ms"] / lru["tpot_ms"],
-        "tpot_over_lru_by_finish_times": find(rows, TIMELINES)["tpot_ms"] / lru["tpot_ms"],
-        "tpot_over_best_rival": whole["tpot_ms"] / best["tpot_ms"],
+        **compared(ratios),
         "best_rival": best["name"],
         "ttft_over_lru": whole["ttft_ms"] / lru["ttft_ms"],
         "ttft_over_best_rival": whole["ttft_ms"] / min(r["ttft_ms"] for r in [lru, *rivals]),
@@ -299,6 +305,15 @@ def summarise(rows: list[dict]) -> dict[str, Any]:
     }
 
 
+def compared(ratios: dict[str, tuple[dict, dict]]) -> dict[str, Any]:
+    """Ratios of the times of two rows, in the median over rounds, with their intervals."""
+    found: dict[str, Any] = {}
+    for name, rows in ratios.items():
+        times = (row["times_ms"] for row in rows)
+        found[name], found[f"{name}_interval"] = intervals.paired(intervals.ratio, *times)
+    return found
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The report, without what `common.finish` adds."""
     sizes = (options.windows, options.profile)
@@ -314,12 +329,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         replays = {case: bench.replay(case) for case in chosen}
         found = common.in_rounds(replays, options.rounds, options.seed)
     record = link["record_bytes"]
-    rows = [row_of(c, found[c], replays[c].runtime.slots, record) for c in chosen]
+    rows = [
+        row_of(c, found[c], replays[c].runtime.slots, record)
+        | {"times_ms": intervals.milliseconds(replays[c], options.rounds)}
+        for c in chosen
+    ]
     windows, domain = text.stacked()
     exact = common.Accuracy(virtual, windows[:, : options.tokens + 1], domain)
     add_accuracy(rows, exact, options.seed)
     summary = summarise(rows)
-    targets = common.judged(common.flat(summary), LIMITS)
+    ends = {name: summary.get(f"{name}_interval") for name in LIMITS}
+    targets = common.judged(common.flat(summary), LIMITS, ends)
     lru, resident = find(rows, "lru"), find(rows, "all resident", 1.0)
     return {
         "link": link | {"experts_share_in_rows": 1 - resident["tpot_ms"] / lru["tpot_ms"]},

@@ -55,10 +55,11 @@ class Generation:
         context = max(len(p) for group in groups for p in group) + new_tokens
         self.state = runtime.init_state(len(groups[0]), context=context)
         self.tokens: list[list[int]] = []
+        self.times: list[list[float]] = []  # of every run, by group: seconds per token
 
     def run(self) -> dict[str, float]:
         """All groups once: seconds and counts per token of a sequence, in decode."""
-        sums, self.tokens = _Sums(), []
+        sums, self.tokens, times = _Sums(), [], []
         for group in self.groups:
             empty = jax.device_put(np.zeros(len(group), np.int32), self.state.length.sharding)
             stats = self.runtime._fresh_stats()
@@ -79,6 +80,8 @@ class Generation:
                     made[token.sequence].append(token.id)
             self.tokens += made
             sums.add(stats, len(group), self.new - 1)
+            times.append(stats.decode_seconds / (self.new - 1))
+        self.times.append(times)
         return sums.row()
 
 

@@ -16,7 +16,9 @@ Expected:  the papers compare with weaker baselines: SpecMoE 4.3x on-demand offl
 
 Every configuration continues the same prompts greedily. Exact ones make the same tokens, which is
 checked. The memory of a draft model is taken from the slots. Lossy ones are timed on their own
-tokens; their divergence is measured on held-out text, token by token.
+tokens; their divergence is measured on held-out text, token by token. Systems are compared within
+each round, as means over the prompts: summaries are medians over the rounds, intervals those of
+rounds and prompts drawn again, or of windows of text where divergence or bytes are counted.
 """
 
 import argparse
@@ -28,12 +30,14 @@ import jax
 import jax.numpy as jnp
 
 from experiments import frontier_lossy as lossy
+from experiments import intervals
 from experiments import smoe_common as common
 from experiments.frontier_bench import ABLATIONS, FRONTIER, Bench, in_ms, named
-from experiments.smoe_common import Text, gap_closed
+from experiments.smoe_common import Text
 from moejax.policies.foresight import NoForesight
 from moejax.policies.policy import Policy
 from moejax.policies.speculation import NoSpeculation
+from moejax.reports.plots import AMBER, BLACK, BLUE, GREEN, GREY, LOOKS, ORANGE, PINK
 
 QUICK = {"windows": 1, "tokens": 128, "rounds": 1, "new": 24, "kl_windows": 1}
 FULL = {"windows": 2, "tokens": 192, "rounds": 4, "new": 64, "kl_windows": 2}
@@ -44,19 +48,23 @@ EXACT = (
     *("specmoe", "self-draft", "lookup", "sp-moe", "sp-moe-self", "moe-spac"),
     *("auto:gamma=0", "auto", *ABLATIONS),
 )
-SHOWN = {  # in the picture, and how
-    "lru": ("#7f7f7f", "-"),
-    "host": ("#7f7f7f", ":"),
-    "hybrimoe": ("#8c6d31", "-"),
-    "lookup": ("#bcbd22", "--"),
-    "specmoe": ("#e6550d", "-"),
-    "self-draft": ("#fdae6b", "-"),
-    "sp-moe": ("#31a354", "-"),
-    "sp-moe-self": ("#31a354", "--"),
-    "moe-spac": ("#756bb1", "-"),
-    "auto:gamma=0": ("#000000", ":"),
-    "auto": ("#000000", "-"),
+SHOWN = {  # in the picture: colour, marker and line
+    "lru": (GREY, "o", "-"),
+    "host": (GREY, "s", ":"),
+    "hybrimoe": (PINK, "v", "-"),
+    "lookup": (AMBER, "D", "--"),
+    "specmoe": (ORANGE, "<", "-"),
+    "self-draft": (AMBER, ">", "-"),
+    "sp-moe": (GREEN, "^", "-"),
+    "sp-moe-self": (GREEN, "P", "--"),
+    "moe-spac": (BLUE, "X", "-"),
+    "auto:gamma=0": (BLACK, "h", ":"),
+    "auto": (BLACK, "*", "-"),
 }
+EXACT_SUMMARY = (
+    *("exact_gap_closed", "exact_gap_closed_interval"),
+    *("exact_over_best_preset", "exact_over_best_preset_interval", "best_preset"),
+)
 GAMMAS = (0, 1, 2, 4, 8)
 SWEPT = ("self-draft", "lookup", "sp-moe", "sp-moe-self")
 
@@ -92,8 +100,9 @@ def exact_rows(bench: Bench, options: argparse.Namespace, names: tuple[str, ...]
     for (name, share, gamma), case in cases.items():
         if case.tokens != truth:
             raise RuntimeError(f"{name} at {share} made other tokens than plain decoding")
-        row = common.merged(found[name, share, gamma])
-        rows.append({"name": name, "residency": share, "gamma": gamma, **in_ms(row)})
+        row = in_ms(common.merged(found[name, share, gamma]))
+        row["times_ms"] = intervals.milliseconds(case, options.rounds)
+        rows.append({"name": name, "residency": share, "gamma": gamma, **row})
     return rows
 
 
@@ -105,18 +114,28 @@ def find(rows: list[dict], name: str, share: float, gamma: Any = "") -> dict | N
     return None
 
 
-def exact_summary(rows: list[dict], shares: tuple[float, ...] = SUMMARY) -> dict[str, dict]:
-    """What `auto` closes of the gap, and its time over that of the best other exact preset."""
-    closed, over = {}, {}
+def exact_summary(
+    rows: list[dict], shares: tuple[float, ...] = SUMMARY, seed: int = 0
+) -> dict[str, dict]:
+    """What `auto` closes of the gap, and its time over that of the best other exact preset.
+
+    Both with their intervals. The best preset is the one of the least TPOT here, so that its time
+    errs to the low side, against `auto`.
+    """
+    found: dict[str, dict] = {name: {} for name in EXACT_SUMMARY}
+    resident = find(rows, "all resident", 1.0)
     for share in shares:
         own = find(rows, "auto", share)
         if own is None:
             continue
         lru, best = find(rows, "lru", share), best_preset(rows, share)
-        resident = find(rows, "all resident", 1.0)
-        closed[f"{share:g}"] = gap_closed(lru["tpot_ms"], own["tpot_ms"], resident["tpot_ms"])
-        over[f"{share:g}"] = own["tpot_ms"] / best["tpot_ms"]
-    return {"exact_gap_closed": closed, "exact_over_best_preset": over}
+        times = [row["times_ms"] for row in (lru, own, resident)]
+        closed = intervals.paired(intervals.gap_closed, *times, seed=seed)
+        over = intervals.paired(intervals.ratio, own["times_ms"], best["times_ms"], seed=seed)
+        numbers = (*closed, *over, best["name"])
+        for name, number in zip(EXACT_SUMMARY, numbers, strict=True):
+            found[name][f"{share:g}"] = number
+    return found
 
 
 def best_preset(rows: list[dict], share: float) -> dict:
@@ -155,27 +174,38 @@ def break_even(rows: list[dict]) -> list[dict]:
 
 def targets_of(summary: dict[str, Any]) -> dict[str, dict]:
     """The claim's limits, and whether they hold."""
-    values, limits = {}, {}
+    values, limits, ends = {}, {}, {}
     for share, closed in summary["exact_gap_closed"].items():
-        values[f"gap left {share}"] = None if closed is None else 1 - closed
-        limits[f"gap left {share}"] = 0.6
+        name = f"gap left {share}"
+        values[name], limits[name] = _left(closed), 0.6
+        ends[name] = _left_interval(summary["exact_gap_closed_interval"][share])
     for share, over in summary["exact_over_best_preset"].items():
-        values[f"over best preset {share}"], limits[f"over best preset {share}"] = over, 1.02
-    lossy = summary["lossy_gap_closed"]
-    values["lossy gap left"] = None if lossy is None else 1 - lossy
+        name = f"over best preset {share}"
+        values[name], limits[name] = over, 1.02
+        ends[name] = summary["exact_over_best_preset_interval"][share]
+    values["lossy gap left"], limits["lossy gap left"] = _left(summary["lossy_gap_closed"]), 0.25
+    ends["lossy gap left"] = _left_interval(summary["lossy_gap_closed_interval"])
     name = "missed_bytes_over_smoe_at_equal_kl"
-    values[name] = summary[name]
-    return common.judged(values, limits | {"lossy gap left": 0.25, name: 0.9})
+    values[name], limits[name], ends[name] = summary[name], 0.9, summary[f"{name}_interval"]
+    return common.judged(values, limits, ends)
+
+
+def _left(closed: float | None) -> float | None:
+    return None if closed is None else 1 - closed
+
+
+def _left_interval(closed: list[float] | None) -> list[float] | None:
+    return None if closed is None else [1 - end for end in reversed(closed)]
 
 
 def plot(report: dict[str, Any], path: pathlib.Path) -> None:
     """Time over residency, what cycles gain by draft length, time against divergence."""
     figure, axes = common.figure(1, 3, (16, 5.6))
     rows = [row for row in report["rows"] if row["gamma"] == "" and row["name"] in SHOWN]
-    for name, (colour, style) in SHOWN.items():
+    for name, (colour, marker, style) in SHOWN.items():
         own = [row for row in rows if row["name"] == name]
         x = [100 * row["residency"] for row in own]
-        look = {"color": colour, "marker": "o", "ms": 4, "lw": 2.5 if name == "auto" else 1.2}
+        look = {"color": colour, "marker": marker, "ms": 6, "lw": 2.5 if name == "auto" else 1.2}
         axes[0].plot(x, [row["tpot_ms"] for row in own], style, label=name, **look)
     resident = find(report["rows"], "all resident", 1.0)["tpot_ms"]
     axes[0].axhline(resident, color="k", lw=0.8, ls=":")
@@ -184,10 +214,11 @@ def plot(report: dict[str, Any], path: pathlib.Path) -> None:
     axes[0].set(yscale="log", yticks=(0.8, 1, 1.5, 2, 3, 4, 6, 10))
     axes[0].yaxis.set_major_formatter("{x:g}")
     axes[0].minorticks_off()
-    for name in dict.fromkeys(row["name"] for row in report["break_even"]):
+    swept = dict.fromkeys(row["name"] for row in report["break_even"])
+    for name, (colour, marker) in zip(swept, LOOKS, strict=False):
         own = [row for row in report["break_even"] if row["name"] == name]
         gain = [row["achieved"] / row["needed"] for row in own]
-        axes[1].plot([row["gamma"] for row in own], gain, marker="o", label=name)
+        axes[1].plot([row["gamma"] for row in own], gain, marker=marker, color=colour, label=name)
     axes[1].axhline(1, color="k", ls="--", lw=1, label="break-even")
     axes[1].set(
         xlabel="draft length gamma",
@@ -196,9 +227,11 @@ def plot(report: dict[str, Any], path: pathlib.Path) -> None:
         xticks=sorted({row["gamma"] for row in report["break_even"]}),
     )
     rows = [row for row in report["lossy"] if row["residency"] == FRONTIER]
-    for name in dict.fromkeys(row["name"] for row in rows if row["name"] in lossy.LOSSY):
+    names = dict.fromkeys(row["name"] for row in rows if row["name"] in lossy.LOSSY)
+    for name, (colour, marker) in zip(names, LOOKS, strict=False):
         own = [row for row in rows if row["name"] == name]
-        axes[2].plot([r["kl"] for r in own], [r["tpot_ms"] for r in own], marker="o", label=name)
+        look = {"marker": marker, "color": colour, "label": name}
+        axes[2].plot([r["kl"] for r in own], [r["tpot_ms"] for r in own], **look)
     exact = find(report["rows"], "auto", FRONTIER)["tpot_ms"]
     axes[2].plot(0, exact, "k*", ms=11, label="auto, exact")
     axes[2].set(
@@ -221,8 +254,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     jax.clear_caches()  # else there are more programs than Linux lets a process map
     priced = lossy.Lossy(bench, text, options)
     lossy_rows = priced.rows()
-    summary = exact_summary(rows, tuple(s for s in SUMMARY if s in options.shares))
-    summary |= lossy.lossy_summary(lossy_rows)
+    shares = tuple(s for s in SUMMARY if s in options.shares)
+    summary = exact_summary(rows, shares, options.seed)
+    summary |= lossy.lossy_summary(lossy_rows, priced.domain, seed=options.seed)
     targets = targets_of(summary)
     return {
         "link": bench.link,
@@ -232,6 +266,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "break_even": break_even(rows),
         "kappa": priced.kappa.tolist(),
         "lossy": lossy_rows,
+        "lossy_window_domains": priced.domain.tolist(),
         "summary": summary,
         "targets": targets,
         "verdict": common.verdict(targets),
@@ -249,7 +284,7 @@ def main() -> None:
     options.shares = (FRONTIER,) if quick else SHARES
     options.exact = ("lru", "hybrimoe", "auto:gamma=0", "auto") if quick else EXACT
     options.swept = ("self-draft",) if quick else SWEPT
-    options.lossy_shares = (FRONTIER,) if quick else (0.25, FRONTIER)
+    options.lossy_shares = (FRONTIER,) if quick else SUMMARY
     chosen = {name: lossy.LOSSY[name][::2] for name in ("smoe", lossy.NO_PREFETCH, *lossy.OURS)}
     options.lossy = chosen if quick else lossy.LOSSY
     options.ablations = [] if quick else lossy.ablations()

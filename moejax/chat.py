@@ -22,8 +22,14 @@ class Template:
     def __init__(self, source: str):
         self.source = source
 
-    def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-        """The text of a conversation.
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        now: datetime | None = None,
+        **variables: Any,
+    ) -> str:
+        """The text of a conversation, for templates that ask for it on a day (None = today).
 
         Raises InputError where messages or variables are not plain data, TokenizerError where the
         template is wrong or refuses them.
@@ -33,8 +39,9 @@ class Template:
         messages = [_message(message) for message in messages]
         variables = plain_data(variables)
         template = _compile(self.source)
+        functions = {} if now is None else {"strftime_now": lambda format: now.strftime(format)}
         try:
-            return template.render(messages=messages, **variables)
+            return template.render(**{"messages": messages, **functions, **variables})
         except Exception as error:  # a template may fail in any way
             raise TokenizerError(f"the chat template failed: {error}") from error
 

@@ -138,7 +138,7 @@ class Tokenizer:
             add_generation_prompt: end with the beginning of an answer.
             chat_template: another template, or the name of one that the model has.
             tools: JSON schemas.
-            variables: further variables of the template, such as `enable_thinking`.
+            variables: others of the template, as `enable_thinking`; `now`, a datetime, for its day.
 
         Raises TokenizerError where there is no template or it refuses the messages, InputError
         where the messages are not plain data.

@@ -223,6 +223,9 @@ def test_a_known_prompt_is_exact():
     )
     text = tokenizer_with(LLAMA31).apply_chat_template(messages)
     assert datetime.now().strftime("Today Date: %d %b %Y") in text
+    given = datetime(2031, 2, 3)
+    text = tokenizer_with(LLAMA31).apply_chat_template(messages, now=given)
+    assert "Today Date: 03 Feb 2031" in text
 
 
 def test_templates_come_from_the_directory(tmp_path):

@@ -9,14 +9,17 @@ import random
 import re
 import sys
 import tarfile
+import types
 
 import pytest
 
 from experiments import held_out
 from moejax.errors import InputError
+from moejax.evaluation import compare as eval_compare
 from moejax.evaluation import sandbox
 from moejax.evaluation import tasks as eval_tasks
 from moejax.evaluation.tasks import readers, texts
+from moejax.text import Tokenizer
 
 QUESTION = 'What is "two", plus, two? \nReally?'
 ROWS = {
@@ -180,15 +183,11 @@ def test_spec_bench_takes_its_categories_in_turn(data):
     assert [item.turns for item in items] == [("Say 0",), ("Say 1", "Again"), ("Say 2",)]
 
 
-def test_windows_of_wikitext_follow_each_other(data, tmp_path):
-    first, second = eval_tasks.load("wikitext_windows", data, limit=2).items
+def test_windows_of_wikitext_are_cut_from_the_whole_text(data):
+    task = eval_tasks.load("wikitext_windows", data, limit=2)
     whole = " \n" + "".join(f" = {page}" for page in PAGES)
-    assert first.text == second.text == whole
-    assert (first.window, second.window) == ((0, 512), (512, 1024))
-    (tmp_path / "wikitext2_test.txt").write_text("x" * 3 * 4096)
-    assert len(eval_tasks.load("wikitext_windows", tmp_path).items) == 3
-    with pytest.raises(InputError, match="no items"):
-        eval_tasks.load("wikitext_windows", data)
+    [item] = task.items
+    assert (item.text, item.window, task.window, task.limit) == (whole, None, 512, 2)
 
 
 def link(name, to="/etc/passwd"):
@@ -301,6 +300,11 @@ def test_the_published_data_sets_are_whole():
     sizes |= {"spec_bench": 480, "gaokao": 2944}
     found = {name: len(eval_tasks.load(name, held_out.DATA).items) for name in sizes}
     assert found == sizes
+    embedded = pathlib.Path(__file__).parents[1] / "checkpoints" / "tiny"
+    runtime = types.SimpleNamespace(tokenizer=Tokenizer.load(embedded))
+    task = eval_tasks.load("wikitext_windows", held_out.DATA)
+    cut = eval_compare.windowed(types.SimpleNamespace(runtime=runtime), task)
+    assert len(cut.items) == 868 and cut.note.endswith("392 tokens left at the end")
 
 
 def lm_eval_config(name):

@@ -1,6 +1,7 @@
 """Scores under policies, against NumPy on single steps, transformers and lm-eval."""
 
 import dataclasses
+import datetime
 import importlib
 import json
 import lzma
@@ -392,6 +393,47 @@ def test_a_conversation_has_a_prompt_for_every_turn(talking, data):
     assert reply(first) and NOTE in made.note and task.note in made.note
 
 
+DATED = "{{ strftime_now('%d %b %Y') }} " + TEMPLATE
+
+
+def test_a_conversation_is_held_on_a_stated_date(tiny, data, tmp_path):
+    directory = with_template(tiny.directory, tmp_path, DATED)
+    runtime = with_policy(moejax.load(directory, virtual=True, context=128), "lru")
+    task = eval_tasks.load("spec_bench", data, limit=1)
+    [item] = conversations(Scorer(runtime, chat=True), task, 4).items
+    assert item.prompt == "26 Jul 2024 <user>Say 0\n<assistant>"
+    other = Scorer(runtime, chat=True, date=datetime.date(2031, 2, 3))
+    [item] = conversations(other, task, 4).items
+    assert item.prompt.startswith("03 Feb 2031 ")
+    asked = ("--model", directory, "--tasks", "spec_bench", "--chat", "--limit", 1, "-n", 2)
+    where = ("--data", data, "--no-cache", "-q", "--context", 128, "--json")
+    for options, stated in (((), "2024-07-26"), (("--date", "2031-02-03"), "2031-02-03")):
+        result = run(*asked, *where, *options)
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["settings"]["date"] == stated
+    assert run(*asked, *where, "--date", "yesterday").exit_code == 2
+
+
+def test_all_full_windows_of_a_text_are_scored(tiny):
+    text = "The sea was calm, and the old man sat down by the fire and said nothing. " * 3
+    ids = tiny.tokenizer.encode(text, add_special_tokens=False)
+    task = Task("windows", (Item(id="whole", text=text),), "a note", window=8)
+    scorer = Scorer(tiny, batch=2)
+    made = eval_compare.windowed(scorer, task)
+    full, rest = divmod(len(ids), 8)
+    assert [item.window for item in made.items] == [(8 * i, 8 * i + 8) for i in range(full)]
+    said = f"{full} of the {full} full windows of 8 tokens, {rest} tokens left at the end"
+    assert made.note == f"a note; {said}"
+    assert eval_compare.windowed(scorer, made) is made
+    found = eval_compare.answers(scorer, dataclasses.replace(task, limit=3))
+    assert [result.id for result in found] == ["0", "1", "2"]
+    assert all(result.score.tokens == 7 for result in found)
+    few = eval_compare.windowed(scorer, dataclasses.replace(task, limit=3))
+    assert len(few.items) == 3 and f"3 of the {full} full" in few.note
+    with pytest.raises(InputError, match="too few for one of 4096"):
+        eval_compare.windowed(scorer, dataclasses.replace(task, window=4096))
+
+
 def test_the_text_of_a_template_has_its_special_tokens():
     asked = []
     tokenizer = types.SimpleNamespace(
@@ -453,7 +495,8 @@ def test_policies_are_compared_item_by_item():
     assert row["logprob_change"]["value"] == pytest.approx(-0.25)
     assert row["logprob_change"]["interval"] == pytest.approx([-0.25, -0.25])  # the same everywhere
     low, high = row["acc_change"]["interval"]
-    assert low < -0.25 < high <= 0
+    assert low < -0.25 < high
+    assert {row[name]["n"] for name in ("acc", "acc_change", "flips", "logprob")} == {8}
     assert (row["hit_rate"], row["replaced_mass"]) == (0.75, 0.5)
 
 
@@ -468,6 +511,9 @@ def graded(values, name):
     ("name", "first", "other", "shown"),
     [
         ("acc", [1.0, 0.0, 1.0, 1.0], [1.0, 0.0, 0.0, 1.0], ("acc 75.0%", "acc 50.0%", "-25.0%")),
+        ("acc_norm,none", [0.25, 0.5], [0.25, 0.0], ("none 37.5%", "none 12.5%", "-25.0%")),
+        # What is counted stays a count, though all that was counted was 0 or 1.
+        ("words", [1.0, 0.0, 1.0, 1.0], [1.0, 0.0, 0.0, 1.0], ("words 0.75", "words 0.5", "-0.25")),
         ("loglikelihood", [-3.0, -5.0], [-4.0, -5.0], ("hood -4", "hood -4.5", "-0.5")),
         ("bits_per_byte", [0.75, 0.5], [1.0, 0.5], ("byte 0.625", "byte 0.75", "+0.125")),
         ("perplexity", [1.0, 0.0, 30.0], [1.0, 0.0, 34.0], ("10.33", "11.67", "+1.333")),
@@ -483,7 +529,7 @@ def test_only_shares_of_items_are_percentages(name, first, other, shown, capsys)
     eval_report.show({"reference": "lru", "tasks": {"made": {"notes": [], "policies": policies}}})
     table = capsys.readouterr().out.partition("Changes")[0]
     assert all(f"{text} " in table for text in shown)
-    assert ("75.0%" in table) == ("%" in table.replace("95 %", "")) == (name == "acc")
+    assert ("%" in table.replace("95 %", "")) == name.startswith("acc")
 
 
 def test_perplexity_is_by_what_is_known_of_a_text():
@@ -500,6 +546,74 @@ def test_perplexity_is_by_what_is_known_of_a_text():
     assert not {"word_perplexity", "byte_perplexity"} & row_of(window=(0, 3)).keys()
     assert eval_report._cells(row_of(window=(0, 3)), True)[1] == "ppl/token 20.09"
     assert eval_report._cells(found, True)[1] == "ppl/word 7.389"
+
+
+def row_of_flips(flipped, tokens=None):
+    """A row of items of which some have another answer, or other tokens."""
+    tokens = tokens or [1] * len(flipped)
+    task = Task("made", tuple(Item(id=str(i), choices=("A", "B")) for i in range(len(flipped))))
+
+    def results(counts):
+        pairs = enumerate(zip(counts, tokens, strict=True))
+        return [
+            eval_compare.Result(
+                *(str(i), "AB"[bool(count)], {"acc": float(not count)}, ()),
+                *(score_of(-1.0, tokens=n, flipped=count), None, None),
+            )
+            for i, (count, n) in pairs
+        ]
+
+    return eval_compare.compared(task, results(flipped), results([0] * len(flipped)))
+
+
+def test_no_flip_in_few_items_leaves_room_for_some():
+    row = row_of_flips([0] * 10)
+    assert row["flips"]["value"] == 0 and row["acc_change"]["value"] == 0
+    assert row["flips"]["interval"] == pytest.approx([0.0, 0.2775], abs=1e-4)  # Wilson's of 0 in 10
+    assert row["tokens_flipped"]["interval"] == row["flips"]["interval"]
+    low, high = row["acc_change"]["interval"]
+    assert low == -high and 0.15 < high < 0.35
+    # Tokens of one item are no observations of their own while nothing shows how they differ.
+    assert row_of_flips([0] * 10, [500] * 10)["tokens_flipped"]["interval"] == pytest.approx(
+        row["flips"]["interval"]
+    )
+    assert eval_report._cells(row, False)[3:5] == ("0.0% (0.0% to 27.8%)", "10")
+
+
+@given(count=st.integers(0, 40), n=st.integers(1, 40))
+def test_wilsons_interval_is_where_a_score_test_turns(count, n):
+    share = min(count, n) / n
+    low, high = eval_compare.wilson(share, n)
+    assert 0 <= low <= share <= high <= 1
+    for end in {low, high} - {0.0, 1.0}:  # (share - p) is z standard errors at p
+        error = np.sqrt(end * (1 - end) / n)
+        assert abs(share - end) == pytest.approx(eval_compare.Z * error, rel=1e-6, abs=1e-9)
+
+
+def test_tokens_of_an_item_count_for_as_much_as_items_differ():
+    tokens = [100] * 20
+    alike = row_of_flips([5] * 20, tokens)["tokens_flipped"]["interval"]
+    assert alike == pytest.approx(list(eval_compare.wilson(0.05, 2000)))
+    rng = np.random.default_rng(0)
+    free = rng.binomial(100, 0.05, 20)
+    found = row_of_flips(free.tolist(), tokens)["tokens_flipped"]["interval"]
+    wide, narrow = (np.diff(eval_compare.wilson(free.sum() / 2000, n))[0] for n in (500, 2000))
+    assert narrow - 1e-9 <= found[1] - found[0] <= wide  # as tokens that are independent
+    lumped = row_of_flips([100] + [0] * 19, tokens)["tokens_flipped"]["interval"]
+    assert lumped == pytest.approx(list(eval_compare.wilson(0.05, 20)))  # an item is all one kind
+
+
+def test_changes_of_shares_hold_what_they_are_about():
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(300):
+        gained, lost, _ = rng.multinomial(40, (0.02, 0.05, 0.93))
+        low, high = eval_compare.change_of_share(gained, lost, 40)
+        inside += low <= -0.03 <= high
+    assert inside >= 280
+    with pytest.raises(InputError, match="acc is a share"):
+        eval_compare.compared(
+            Task("made", (Item(id="0"),)), graded([40.0], "acc"), graded([1.0], "acc")
+        )
 
 
 def test_intervals_cover_what_they_are_about():

@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from experiments import held_out, quantisation, tiny_data  # noqa: E402
+from experiments import held_out, plan_check, quantisation, tiny_data  # noqa: E402
 
 needs_text = pytest.mark.skipif(
     not held_out.DATA.is_dir(), reason=f"the held-out text is not at {held_out.DATA}"
@@ -91,3 +91,33 @@ def test_losses_are_those_of_a_softmax():
     p = np.exp(logits.astype(np.float64))
     expected = -np.log(p[wanted, wanted] / p.sum(axis=1))
     np.testing.assert_allclose(held_out.losses(logits, wanted), expected, atol=1e-12)
+
+
+def test_errors_of_plans_are_told_apart_by_what_was_planned():
+    def row(group, error, measured=1.0, late=0.0):
+        return {
+            "group": group,
+            "what": group,
+            "error": error,
+            "error_with_hit_rate": error,
+            "measured_ms": measured,
+            "predicted_ms": measured * (1 + error),
+            "with_hit_rate_ms": measured * (1 + error),
+            "late_per_token": late,
+            "late_ms": late * 0.2,
+        }
+
+    base = row("tokens, all resident", -0.3)
+    rows = [base, row("tokens, disk", -0.1), row("tokens, disk", 0.2), row("prompts, x", 0.9)]
+    summary = plan_check.summarise(rows)
+    assert summary["median_error_of_tokens"] == 0.2 and summary["median_error_of_prompts"] == 0.9
+    assert summary["median_error"] == 0.25 and summary["largest_error"] == 0.9
+    assert [(g["group"], g["rows"]) for g in summary["by_group"]] == [
+        *(("prompts, x", 1), ("tokens, all resident", 1), ("tokens, disk", 2)),
+    ]
+    disk = summary["by_group"][-1]
+    assert disk["median_error"] == 0.15000000000000002 and disk["median_bias"] == 0.05
+    # What all rows of a record have too much goes; a record that is late takes a load.
+    [found] = plan_check.beyond_resident([base, row("tokens, link", -0.2, 3.0, late=0.5)])
+    assert found["measured_ms"] == 2.0 and found["late_per_token"] == 0.5
+    assert (found["predicted_ms"], found["with_late_ms"]) == pytest.approx((1.7, 1.8))

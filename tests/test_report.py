@@ -1,6 +1,7 @@
 """Documents say what the records say: tables, claims, figures, and the suite that makes records."""
 
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -42,7 +43,13 @@ def record(**changes):
         "command": "python -m experiments.made",
         "environment": ENVIRONMENT,
         "rows": rows,
-        "summary": {"gain": {"0.25": 0.5}, "same": True, "none": None},
+        "summary": {
+            "gain": {"0.25": 0.5},
+            "same": True,
+            "none": None,
+            "wide": [0.4, 0.7],
+            "narrow": [0.45, 0.55],
+        },
         "targets": {"gain 0.25": {"value": 0.5, "at_most": 0.4, "met": False}},
         "verdict": "holds",
         "table": {"columns": columns, "where": {"batch": 1}},
@@ -147,6 +154,25 @@ def test_a_text_that_is_replaced_keeps_its_mode(tmp_path):
     assert {f.name for f in tmp_path.iterdir()} == {"page.md", "fresh.md", "plain"}
 
 
+def test_a_text_is_written_where_nobody_can_have_put_a_link(tmp_path):
+    page, other = tmp_path / "page.md", tmp_path / "other"
+    other.write_text("somebody's own")
+    planted = [tmp_path / f".page.md{end}" for end in (".tmp", f".{os.getpid()}.tmp")]
+    for link in planted:
+        link.symlink_to(other)
+    before = os.umask(0o027)
+    try:
+        report_files.replace_text(page, "new")
+    finally:
+        os.umask(before)
+    assert (page.read_text(), page.stat().st_mode & 0o777) == ("new", 0o640)
+    assert other.read_text() == "somebody's own" and all(link.is_symlink() for link in planted)
+    with pytest.raises(UnicodeEncodeError):
+        report_files.replace_text(page, "\ud800")
+    assert page.read_text() == "new"
+    assert {*tmp_path.iterdir()} == {page, other, *planted}
+
+
 def test_two_records_of_one_name_and_nothing_to_do_are_refused(folder):
     (folder / "b").mkdir()
     (folder / "b" / "made.json").write_text(json.dumps(record()))
@@ -207,6 +233,74 @@ def test_a_verdict_is_the_number_against_its_limit(changes, verdict):
     assert cells[6] == f"`python -m experiments.{name}`"
 
 
+GAIN = r"summary.gain.0\.25"  # 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown", "verdict"),
+    [
+        ({"at_most": 0.6, "interval": "summary.wide"}, "0.50 (0.40 to 0.70)", "undecided"),
+        ({"at_most": 0.45, "interval": "summary.wide"}, "0.50 (0.40 to 0.70)", "undecided"),
+        ({"at_least": 0.6, "interval": "summary.wide"}, "0.50 (0.40 to 0.70)", "undecided"),
+        ({"at_most": 0.7, "interval": "summary.wide"}, "0.50 (0.40 to 0.70)", "holds"),
+        ({"at_most": 0.6, "interval": "summary.narrow"}, "0.50 (0.45 to 0.55)", "holds"),
+        ({"at_most": 0.4, "interval": "summary.narrow"}, "0.50 (0.45 to 0.55)", "**fails**"),
+        ({"at_least": 0.6, "interval": "summary.narrow"}, "0.50 (0.45 to 0.55)", "**fails**"),
+        ({"at_least": 0.3, "at_most": 0.6, "interval": "summary.wide"}, None, "undecided"),
+        # Records from before they had an interval, and where there was nothing to draw from.
+        ({"at_most": 0.6, "interval": "summary.absent"}, "0.50", "holds"),
+        ({"at_most": 0.4, "interval": "summary.none"}, "0.50", "**fails**"),
+        # In the paper's unit, the interval and the limit too.
+        ({"as": "change", "at_most": -0.4, "form": "{:+.0%}"}, "-50%", "holds"),
+        (
+            {"as": "change", "at_most": -0.4, "form": "{:+.0%}", "interval": "summary.wide"},
+            "-50% (-60% to -30%)",
+            "undecided",
+        ),
+        (
+            {"as": "inverse", "at_least": 1.4, "interval": "summary.wide"},
+            "2.00 (1.43 to 2.50)",
+            "holds",
+        ),
+        ({"over": "rows[name=a|b].ms.tpot", "at_most": 0.9}, "1.00", "**fails**"),
+        ({"over": "rows[name=none].ms", "at_most": 0.9}, "", "not measured"),
+    ],
+)
+def test_an_interval_may_leave_a_claim_undecided(changes, shown, verdict):
+    found = report_documents.judged(claim(value=GAIN, **changes), record())
+    assert found[2] == verdict and shown in (None, found[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ("0.50", "≤ 0.40", "**fails**")),
+        ({"interval": "summary.wide"}, ("0.50 (0.40 to 0.70)", "≤ 0.40", "undecided")),
+        ({"interval": "summary.narrow"}, ("0.50 (0.45 to 0.55)", "≤ 0.40", "**fails**")),
+        ({"as": "inverse"}, ("2.00", "≥ 2.50", "**fails**")),
+        ({"as": "change", "form": "{:+.0%}"}, ("-50%", "≤ -60%", "**fails**")),
+    ],
+)
+def test_a_targets_limit_is_shown_in_the_claims_unit(changes, expected):
+    found = report_documents.judged(claim(target="gain 0.25", **changes), record())
+    assert found == expected
+
+
+def test_the_commit_is_named_with_whether_the_code_was_changed():
+    environment = ENVIRONMENT | {"commit": "0123456789abcdef"}
+    for dirty, said in (([], ""), (["moejax/step.py"], " (changed files)")):
+        made = record(environment=environment | {"dirty": dirty})
+        source = report_tables.lines_of("made", made)[-1]
+        assert f"JAX 0.10, commit 0123456{said}; `python" in source
+        row = report_documents.claims_table(
+            [claim(value="summary.same", form="{}")], {"made": made}
+        )
+        assert row[-1].endswith(f"`python -m experiments.made`, commit 0123456{said} |")
+    for known in ({}, {"commit": "0123456789"}, {"commit": None, "dirty": None}):
+        source = report_tables.lines_of("made", record(environment=ENVIRONMENT | known))[-1]
+        assert "commit" not in source
+
+
 def test_a_claim_without_a_limit_follows_the_records_verdict():
     failing = {"made": record(verdict="fails: x")}
     _, _, verdict = report_documents.judged(claim(value="summary.same", form="{}"), failing["made"])
@@ -222,6 +316,9 @@ def test_a_claim_without_a_limit_follows_the_records_verdict():
         ({"summary": {"gain": {"0.25": [0.5]}}}, {"form": "{}"}),
         ({"targets": [{"name": "gain 0.25", "value": 0.5, "met": True}]}, {"target": "gain 0.25"}),
         ({"targets": {"gain 0.25": 0.5}}, {"target": "gain 0.25"}),
+        ({"summary": {"gain": {"0.25": 0.5}, "wide": [0.4]}}, {"interval": "summary.wide"}),
+        ({"summary": {"gain": {"0.25": 0.5}, "wide": [0, "1"]}}, {"interval": "summary.wide"}),
+        ({"summary": {"gain": {"0.25": 0}}}, {"as": "inverse"}),
         ({"targets": {"gain 0.25": {}}}, {"target": "gain 0.25"}),
         ({"targets": {"gain 0.25": {"value": 0.5}}}, {"target": "gain 0.25"}),
         ({"targets": {"gain 0.25": {"value": 0.5, "met": "no"}}}, {"target": "gain 0.25"}),
@@ -258,6 +355,8 @@ def test_what_a_record_does_not_hold_is_not_measured():
         json.dumps([claim(value="x", at_least=True)]),
         json.dumps([claim(value=["x"])]),
         json.dumps([claim(value="x", paper=1)]),
+        json.dumps([claim(value="x", **{"as": "percent"})]),
+        json.dumps([claim(value="x", interval=[0, 1])]),
     ],
 )
 def test_claims_that_are_none_are_refused(tmp_path, text):
@@ -278,6 +377,11 @@ def test_every_claim_of_ours_names_an_experiment():
             assert one["target"] in targets
         else:
             value_at(records[one["record"]], one["value"])  # KeyError where there is none
+        if "over" in one:
+            value_at(records[one["record"]], one["over"])
+        # Records from before they said how their code differed may lack intervals, no others.
+        if "interval" in one and "dirty" in records[one["record"]]["environment"]:
+            value_at(records[one["record"]], one["interval"])
     assert found
 
 

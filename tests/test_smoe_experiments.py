@@ -174,6 +174,7 @@ def test_accuracy_weighs_tokens_alike_and_uses_by_their_number():
         exact_hits=part([2, 2], [0, 0]),
         moved=part([1, 2], [3, 4]),
         low=zeros,
+        passes=np.ones((2, 2)),
         terms=None,
     )
     table = smoe_common.accuracy(loss, np.array([0, 1]), 6, names=("a", "b"))
@@ -318,7 +319,7 @@ def test_the_window_of_most_hits_is_taken():
 def test_steps_are_compared_with_the_one_before():
     rows = [
         {"name": name, "residency": 0.4, "batch": 1, "alpha": None if i < 2 else 0.25}
-        | {"tpot_ms": tpot, "ttft_ms": 1.0, "hit_rate": 0.5}
+        | {"tpot_ms": tpot, "times_ms": [[tpot]], "ttft_ms": 1.0, "hit_rate": 0.5}
         for i, (name, tpot) in enumerate(zip(smoe_ablation.STEPS, (4, 3, 2, 2, 1), strict=True))
     ]
     found = smoe_ablation.stepwise(rows)

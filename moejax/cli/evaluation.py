@@ -1,5 +1,6 @@
 """The command `eval`: policies compared on tasks, item by item."""
 
+import datetime
 import pathlib
 from typing import Annotated, Any
 
@@ -49,6 +50,13 @@ Chat = Annotated[
         "--chat", help="Conversations by the model's chat template, every turn; for spec_bench."
     ),
 ]
+Date = Annotated[
+    datetime.datetime | None,
+    typer.Option(
+        formats=["%Y-%m-%d"],
+        help="Of conversations, for templates that state one; default 2024-07-26, on any day.",
+    ),
+]
 CacheFile = Annotated[
     pathlib.Path | None, typer.Option("--cache", help="File of earlier results; has a default.")
 ]
@@ -68,6 +76,7 @@ def eval(
     shared_cache: Shared = False,
     steps: Steps = False,
     chat: Chat = False,
+    date: Date = None,
     cache: CacheFile = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep and use no results.")] = False,
     context: opt.Context = None,
@@ -88,6 +97,7 @@ def eval(
 
     how = {"most": max_new_tokens, "execute": allow_code_execution}
     score = {"batch": batch, "shared_cache": shared_cache, "steps": steps, "chat": chat}
+    score |= {} if date is None else {"date": date.date()}
     wanted = {"names": tasks, "data": data, "limit": limit, "shots": shots}
     kept = {"path": cache, "none": no_cache}
     run(Terminal(quiet), model, policy, load, wanted, how, score, kept, json)
@@ -120,7 +130,7 @@ def run(
     from moejax.cli import actions as commands
     from moejax.evaluation import cache as eval_cache
     from moejax.evaluation import report as eval_report
-    from moejax.evaluation.evaluate import Scorer, with_policy
+    from moejax.evaluation.evaluate import DATE, Scorer, with_policy
     from moejax.evaluation.turns import conversations
 
     local, others = eval_report.chosen(**wanted)
@@ -138,7 +148,8 @@ def run(
             made = eval_report.results(scorer, local, others, found.get(policies[0]), wanted, how)
             found[name] = made
     settings = {**{k: v for k, v in wanted.items() if k != "data"}, **how, **score}
-    report = eval_report.document(first, found, settings | {"slots": first.slots})
+    settings |= {"date": score.get("date", DATE).isoformat(), "slots": first.slots}
+    report = eval_report.document(first, found, settings)
     if as_json:
         commands.print_json(report)
     else:

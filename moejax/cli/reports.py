@@ -98,14 +98,14 @@ def _changed(
 
 def _write_folder(out: pathlib.Path, records: dict[str, dict], made: dict[str, Any]) -> None:
     from moejax.reports.files import replace_text
-    from moejax.reports.tables import has_table, lines_of
+    from moejax.reports.tables import commit_of, has_table, lines_of
 
     out.mkdir(parents=True, exist_ok=True)
     sections = ["# Report"]
     for name, record in sorted(records.items()):
         lines = [f"## {name}", "", f"{record.get('claim', '')}", ""]
         lines += [f"Verdict: **{record['verdict']}**", ""] if "verdict" in record else []
-        lines += [f"`{record['command']}`", ""] if "command" in record else []
+        lines += [f"`{record['command']}`{commit_of(record)}", ""] if "command" in record else []
         if has_table(name, record):
             lines += [*lines_of(name, record), ""]
         why = draw(name, record, out / f"{name}.png")

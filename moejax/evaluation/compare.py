@@ -1,4 +1,8 @@
-"""Policies compared item by item: answers that flip, log-likelihoods, intervals over items."""
+"""Policies compared item by item: answers that flip, log-likelihoods, intervals over items.
+
+A share has Wilson's interval, the change of one Bonett and Price's, everything else a bootstrap: of
+items that are all alike a bootstrap knows nothing but them, and would say [0, 0] of no flip in ten.
+"""
 
 import dataclasses
 import math
@@ -7,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from moejax.errors import InputError
 from moejax.evaluation import sandbox
 from moejax.evaluation.evaluate import Generated, Score, Scorer, total
-from moejax.evaluation.tasks import Item, Task
+from moejax.evaluation.tasks import Item, Task, is_share
 
 DRAWS = 10_000
 LEVEL = 0.95
+Z = 1.959964  # of the normal distribution, for that level
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +49,7 @@ def answers(
         most: new tokens per item at most, whatever the task says.
         execute: run generated programs, see `moejax.evaluation.sandbox`; else they are not graded.
     """
+    task = windowed(scorer, task)
     made: list[Generated | None] = [None] * len(task.items)
     if any(item.max_new_tokens for item in task.items):
         made = generated(scorer, task.items, most)
@@ -55,6 +62,29 @@ def answers(
         own = [next(rolled)] if item.text else [next(scores) for _ in pairs]
         results.append(_result(item, own, text, execute))
     return results
+
+
+def windowed(scorer: Scorer, task: Task) -> Task:
+    """The task with an item for each window of its text, if it has a text to be cut into some.
+
+    Raises:
+        InputError: the text does not fill one.
+    """
+    if not task.window:
+        return task
+    [whole], size = task.items, task.window
+    tokens = len(scorer.runtime.tokenizer.encode(whole.text, add_special_tokens=False))
+    full, rest = divmod(tokens, size)
+    if not full:
+        raise InputError(f"{task.name}: the text has {tokens} tokens, too few for one of {size}")
+    taken = min(full, task.limit or full)
+    items = [
+        dataclasses.replace(whole, id=str(i), window=(i * size, (i + 1) * size))
+        for i in range(taken)
+    ]
+    counted = f"{taken} of the {full} full windows of {size} tokens, {rest} tokens left at the end"
+    note = "; ".join(part for part in (task.note, counted) if part)
+    return Task(task.name, tuple(items), note)
 
 
 def _pairs(item: Item, first: Generated | None) -> list[tuple[str, str]]:
@@ -122,10 +152,62 @@ def bootstrap(
     return float(low), float(high)
 
 
+def wilson(share: float, n: float) -> tuple[float, float]:
+    """Wilson's score interval of a share of `n` independent observations.
+
+    Source: Wilson, Probable inference, JASA 22 (1927).
+    """
+    middle = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    reach = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    return max(min(middle - reach, share), 0.0), min(max(middle + reach, share), 1.0)
+
+
+def change_of_share(gained: float, lost: float, n: int) -> tuple[float, float]:
+    """Interval of (gained - lost) / n, of n pairs.
+
+    Source: Bonett and Price, Adjusted Wald confidence interval for a difference of binomial
+    proportions based on paired data, Journal of Educational and Behavioral Statistics 37 (2012).
+    """
+    more, less = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+    reach = Z * math.sqrt((more + less - (more - less) ** 2) / (n + 2))
+    return max(more - less - reach, -1.0), min(more - less + reach, 1.0)
+
+
+def _figure(value: float, interval: tuple[float, float], n: int) -> dict[str, Any]:
+    low, high = interval
+    return {"value": float(value), "interval": [float(low), float(high)], "n": n}
+
+
 def _ratio(values: Sequence[float], weights: Sequence[float], seed: int) -> dict[str, Any]:
     values, weights = np.asarray(values, float), np.asarray(weights, float)
     interval = bootstrap(values, weights, seed)
-    return {"value": float(values.sum() / weights.sum()), "interval": list(interval)}
+    return _figure(values.sum() / weights.sum(), interval, len(values))
+
+
+def _share(name: str, values: Sequence[float], weights: Sequence[float]) -> dict[str, Any]:
+    """A share of items, or of what they hold (weights), which is not independent within an item.
+
+    Its observations are then worth as many as have the spread that is seen between items: all of
+    them at most, and at least what is left if each item were of one kind, which is also what is
+    taken where nothing or everything is of the kind that is counted.
+    """
+    values, weights = np.asarray(values, float), np.asarray(weights, float)
+    n, whole = len(values), weights.sum()
+    if not ((values >= 0) & (values <= weights)).all():
+        raise InputError(f"{name} is a share of items, but some are below 0 or above 1")
+    share = values.sum() / whole
+    least = whole**2 / (weights**2).sum()
+    spread = ((values - share * weights) ** 2).sum() * n / max(n - 1, 1) / whole**2
+    varies = share * (1 - share)
+    worth = np.clip(varies / spread if spread else whole, least, whole) if varies else least
+    return _figure(share, wilson(share, worth), n)
+
+
+def _change(own: Sequence[float], first: Sequence[float]) -> dict[str, Any]:
+    """The difference of two shares of the same items."""
+    change = np.subtract(own, first)
+    gained, lost = change.clip(min=0).sum(), -change.clip(max=0).sum()
+    return _figure(change.mean(), change_of_share(gained, lost, len(change)), len(change))
 
 
 def compared(
@@ -133,21 +215,25 @@ def compared(
 ) -> dict[str, Any]:
     """A row of the table: what a policy does on a task, and how that differs from the first.
 
-    Everything that differs is paired by item, its interval a bootstrap over items. Differences of
-    log-likelihood are nats per token, positive where this policy is better.
+    Everything that differs is paired by item; every figure has its interval and its n, the items
+    that it is about. Differences of log-likelihood are nats per token, positive where this policy
+    is better.
+
+    Raises:
+        InputError: what is a share of items is below 0 or above 1 of one.
     """
     row: dict[str, Any] = {"task": task.name, "items": len(results)}
     ones = [1.0] * len(results)
     for name in results[0].grades:
         own = [result.grades[name] for result in results]
         first = [result.grades[name] for result in reference]
-        # The mean of what is 0 or 1 is a share of items; others have a unit of their own.
-        share = {0.0, 1.0}.issuperset([*own, *first])
-        row[name] = _ratio(own, ones, seed) | {"share": share}
-        row[f"{name}_change"] = _ratio(np.subtract(own, first), ones, seed)
+        share = is_share(name)
+        found = _share(name, own, ones) if share else _ratio(own, ones, seed)
+        change = _change(own, first) if share else _ratio(np.subtract(own, first), ones, seed)
+        row |= {name: found | {"share": share}, f"{name}_change": change}
     if results[0].answer is not None:
         flips = [a.answer != b.answer for a, b in zip(results, reference, strict=True)]
-        row["flips"] = _ratio(flips, ones, seed)
+        row["flips"] = _share("flips", flips, ones)
         row |= _directions(results, reference)
     pairs = zip(results, reference, strict=True)
     scores = [(a.score, b.score) for a, b in pairs if a.score and b.score]
@@ -157,7 +243,7 @@ def compared(
         change = [own.logprob - first.logprob for own, first in scores]
         row["logprob_change"] = _ratio(change, tokens, seed)
         row["divergence"] = _ratio([own.divergence for own, _ in scores], tokens, seed)
-        row["tokens_flipped"] = _ratio([own.flipped for own, _ in scores], tokens, seed)
+        row["tokens_flipped"] = _share("tokens_flipped", [s.flipped for s, _ in scores], tokens)
         row["scored_tokens"] = sum(tokens)
     row |= _costs(results)
     if task.items[0].text:

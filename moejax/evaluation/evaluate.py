@@ -7,6 +7,7 @@ and history of its own, as in a run of batch 1.
 """
 
 import dataclasses
+import datetime
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from moejax.runtime import Runtime
 
 BATCH = 8
 MAX_NEW_TOKENS = 256  # as lm-eval's own backends
+DATE = datetime.date(2024, 7, 26)  # the one that Llama 3's templates state where they know none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Scorer:
             are then each sequence's share of its batch's, and nothing is kept on the disk.
         steps: exact policies too are fed token by token, which gives their hit rate.
         chat: prompts are text of a chat template, which holds its special tokens.
+        date: of conversations, for templates that state one; a fixed one, so that prompts do not
+            change from day to day.
         cache: results of earlier runs.
         report: called with (done, total) requests of a call.
 
@@ -88,6 +92,7 @@ class Scorer:
         shared_cache: bool = False,
         steps: bool = False,
         chat: bool = False,
+        date: datetime.date = DATE,
         cache: eval_cache.Cache | None = None,
         report: Callable[[int, int], None] | None = None,
     ):
@@ -100,6 +105,7 @@ class Scorer:
         self.in_steps = runtime.policy is not None and (steps or not self.exact)
         self.shared = shared_cache and self.in_steps
         self._chat = chat
+        self._now = datetime.datetime.combine(date, datetime.time(12))
         self.batch = batch if self.shared or not self.in_steps else 1
         self._generates = batch if self.shared or not self.in_steps else 1
         self._cache = None if self.shared else cache
@@ -124,6 +130,15 @@ class Scorer:
         if found is None:
             raise InputError("the tokenizer names no token for the beginning or end of a text")
         return found
+
+    def render(self, messages: Sequence[Any], add_generation_prompt: bool = True) -> str:
+        """The prompt of a conversation by the model's chat template, on the scorer's date.
+
+        Raises:
+            TokenizerError: the model has no chat template, or it refuses the conversation.
+        """
+        render = self.runtime.tokenizer.apply_chat_template
+        return render(messages, add_generation_prompt, now=self._now)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, a beginning that it spells out itself not doubled."""

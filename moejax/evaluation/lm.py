@@ -64,8 +64,7 @@ class MoejaxLM(LM):
         self, chat_history: Sequence[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """The prompt of a conversation."""
-        tokenizer = self.scorer.runtime.tokenizer
-        return tokenizer.apply_chat_template(chat_history, add_generation_prompt)
+        return self.scorer.render(chat_history, add_generation_prompt)
 
     @property
     def tokenizer_name(self) -> str:

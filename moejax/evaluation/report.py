@@ -20,12 +20,14 @@ from moejax.terminal import table
 # Of one policy: by task, the task and its results.
 Found = dict[str, tuple[Task, list[Result]]]
 COLUMNS = (
-    *("task", "policy", "items", "score", "change (95 %)", "flips", "log-lik. change/token (95 %)"),
-    *("KL/token", "weight lost/step", "hits"),
+    *("task", "policy", "items", "score", "change (95 %)", "flips (95 %)", "tokens"),
+    *("log-lik. change/token (95 %)", "KL/token", "weight lost/step", "hits"),
 )
 LINES = (
     "Changes are paired by item with the first policy. Flips: answers that differ, right or wrong; "
     "log-likelihoods in nats per token, higher is better; KL is from the model's own routing.",
+    "Intervals are over the items: of shares Wilson's, of their changes Bonett and Price's, of all "
+    "else a bootstrap.",
     "Policies without a KL are exact: they were scored in one pass.",
 )
 UNGRADED = "its programs were not run: --allow-code-execution grades them"
@@ -83,6 +85,7 @@ def results(
     found: Found = {}
     for task in local:
         first = reference and reference[task.name][1]
+        task = eval_compare.windowed(scorer, task)
         found[task.name] = (task, eval_compare.answers(scorer, task, reference=first, **how))
     if others:
         found |= eval_hub.answers(scorer, others, wanted["limit"], wanted["shots"])
@@ -145,12 +148,21 @@ def _cells(row: dict[str, Any], first: bool) -> tuple[str, ...]:
         str(row["items"]),
         score,
         "" if first or not grade else _interval(row[f"{grade}_change"], f"+{form}"),
-        "" if first or "flips" not in row else format(row["flips"]["value"], ".1%"),
+        "" if first or "flips" not in row else _interval(row["flips"], ".1%"),
+        _tokens(row),
         "" if first or "logprob_change" not in row else _interval(row["logprob_change"], "+.4f"),
         "" if not row["steps"] or "divergence" not in row else f"{row['divergence']['value']:.4f}",
         "" if row["replaced_mass"] is None else f"{row['replaced_mass']:.3g}",
         "" if row["hit_rate"] is None else f"{row['hit_rate']:.1%}",
     )
+
+
+def _tokens(row: dict[str, Any]) -> str:
+    """Of the log-likelihood, and of how many items where not all have one."""
+    if "scored_tokens" not in row:
+        return ""
+    items = row["logprob"]["n"]
+    return f"{row['scored_tokens']:,}" + ("" if items == row["items"] else f" of {items} items")
 
 
 def _interval(found: dict[str, Any], form: str) -> str:

@@ -20,7 +20,6 @@ def conversations(scorer: Scorer, task: Task, most: int | None = None) -> Task:
     Raises:
         TokenizerError: the model has no chat template, or it refuses the conversation.
     """
-    render = scorer.runtime.tokenizer.apply_chat_template
     said: list[list[dict[str, Any]]] = [[] for _ in task.items]
     made: list[list[Item]] = [[] for _ in task.items]
     for turn in range(max(len(item.turns) for item in task.items)):
@@ -32,7 +31,7 @@ def conversations(scorer: Scorer, task: Task, most: int | None = None) -> Task:
         for i in going:
             item = task.items[i]
             said[i].append({"role": "user", "content": item.turns[turn]})
-            own = {"id": f"{item.id}/{turn + 1}", "prompt": render(said[i])}
+            own = {"id": f"{item.id}/{turn + 1}", "prompt": scorer.render(said[i])}
             made[i].append(dataclasses.replace(item, **own))
     items = tuple(item for own in made for item in own)
     note = "; ".join(part for part in (task.note, NOTE) if part)

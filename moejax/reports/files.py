@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import tempfile
 
 from moejax.errors import InputError
 
@@ -12,14 +13,13 @@ def replace_text(path: pathlib.Path, text: str) -> None:
     Raises:
         InputError: it cannot be written; what was there stays, and nothing is left beside it.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        try:
+        # A folder, not a file of tempfile's, whose mode is not what the umask makes of a new one.
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".", suffix=".tmp") as folder:
+            unfinished = pathlib.Path(folder, path.name)
             unfinished.write_text(text, encoding="utf-8")
             if path.exists():
                 unfinished.chmod(path.stat().st_mode & 0o777)
             os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error}") from error

@@ -9,6 +9,10 @@ from moejax.errors import InputError
 Record = dict[str, Any]
 # Okabe and Ito's colours, which all kinds of colour vision tell apart; markers differ too.
 BLUE, ORANGE, GREEN, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#999999", "#000000"
+SKY, AMBER, PINK = "#56B4E9", "#E69F00", "#CC79A7"
+MULTIPLES = (0.5, 1, 2, 4, 8, 16)  # ticks of a logarithmic axis
+# Curves of one picture, in order: colour, marker.
+LOOKS = tuple(zip((BLUE, ORANGE, GREEN, PINK, BLACK, AMBER, SKY, GREY), "os^Dv<>P", strict=True))
 
 
 def figure(columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
@@ -106,6 +110,8 @@ def plan_reuse(report: Record) -> Any:
         axes[0].plot(curve["multiples"], rates, style, color=colour, label=curve["model"])
         axes[1].plot(shares, rates, style, color=colour)
     axes[0].set(xlabel="slots per layer over experts per token", xscale="log")
+    axes[0].set_xticks(MULTIPLES, [f"{multiple:g}" for multiple in MULTIPLES], minor=False)
+    axes[0].minorticks_off()
     axes[0].legend(frameon=False)
     axes[1].plot([0, 100], [0, 100], color=BLACK, ls="--", lw=1)
     axes[1].annotate("uniform routing", (55, 45))

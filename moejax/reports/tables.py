@@ -78,8 +78,9 @@ def peers_cpu(report: Record) -> list[str]:
     return [
         *lines,
         "",
-        f"{environment['cpu']}, {environment['cpus']} cores, in turn, medians; stream reads in "
-        f"between: {min(reads):.0f} to {max(reads):.0f} GB/s; `python -m experiments.peers_cpu`.",
+        f"{environment['cpu']}, {environment['cpus']} cores{commit_of(report)}, in turn, medians; "
+        f"stream reads in between: {min(reads):.0f} to {max(reads):.0f} GB/s; "
+        "`python -m experiments.peers_cpu`.",
     ]
 
 
@@ -99,7 +100,8 @@ def peers_cpu_limited(report: Record) -> list[str]:
     return [
         *lines,
         "",
-        f"{environment['cpu']}, {environment['cpus']} cores, control group with page cache; "
+        f"{environment['cpu']}, {environment['cpus']} cores{commit_of(report)}, control group with "
+        "page cache; "
         "`python -m experiments.peers_cpu --limit 1.5GB`.",
     ]
 
@@ -185,6 +187,27 @@ def plan_check(report: Record) -> list[str]:
             f"| {' | '.join('' if h is None else format(h, '.0%') for h in hits)} "
             f"| {row['limit']} |"
         )
+    lines += [
+        "",
+        "| errors of | rows | median size | median | largest size |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in report["summary"]["by_group"]:
+        lines.append(
+            f"| {row['group']} | {row['rows']} | {row['median_error']:.0%} "
+            f"| {row['median_bias']:+.0%} | {row['largest_error']:.0%} |"
+        )
+    lines += [
+        "",
+        "| beyond all resident in the same record | measured, ms | predicted at its hit rate, ms "
+        "| prefetched records waited for, per token | predicted with a load for each, ms |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in report["beyond_resident"]:
+        lines.append(
+            f"| {row['what']} | {row['measured_ms']:.2f} | {row['predicted_ms']:.2f} "
+            f"| {row['late_per_token']:.2f} | {row['with_late_ms']:.2f} |"
+        )
     return [*lines, "", _source(report)]
 
 
@@ -234,13 +257,25 @@ def _numeric(text: str) -> bool:
 
 
 def _source(report: Record) -> str:
-    """Hardware, versions and command of a result."""
+    """Hardware, versions, commit and command of a result."""
     environment = report["environment"]
     versions = environment["versions"]
     return (
         f"{environment['cpu']}, {environment['cpus']} cores, Python {versions['python']}, JAX "
-        f"{versions['jax']}; `{report['command']}`."
+        f"{versions['jax']}{commit_of(report)}; `{report['command']}`."
     )
+
+
+def commit_of(report: Record) -> str:
+    """The commit of a record as ", commit 0123abc", and whether its code differed from it.
+
+    Empty where the record does not say whether it did.
+    """
+    environment = report.get("environment", {})
+    commit, dirty = environment.get("commit"), environment.get("dirty")
+    if commit is None or dirty is None:
+        return ""
+    return f", commit {commit[:7]}{' (changed files)' if dirty else ''}"
 
 
 TABLES: dict[str, Callable[[Record], list[str]]] = {

@@ -16,9 +16,15 @@ TASKS = {
     "humaneval": ("code", "Python functions by their docstrings"),
     "mbpp": ("code", "Python functions by their tests"),
     "wikitext": ("texts", "perplexity of WikiText-2, whole articles"),
-    "wikitext_windows": ("texts", "perplexity of WikiText-2, windows of 512 tokens"),
+    "wikitext_windows": ("texts", "perplexity of WikiText-2, all windows of 512 tokens"),
     "spec_bench": ("texts", "Spec-Bench, no right answers"),
 }
+
+# Scores that are a share of items, each having from none to all of it: of the tasks here, and
+# lm-eval's metrics of the same names. Others have a unit of their own.
+SHARES = frozenset(
+    "acc acc_bytes acc_mutual_info acc_norm exact_match em flexible pass@1 strict".split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +62,10 @@ class Task:
     name: str
     items: tuple[Item, ...]
     note: str = ""  # what a reader of the scores has to know
+    # Above 0: the one item's text is to be cut into windows of so many tokens of the model, so many
+    # of them at most; see `compare.windowed`.
+    window: int = 0
+    limit: int | None = None
 
 
 def load(
@@ -83,6 +93,11 @@ def load(
     if not task.items:
         raise InputError(f"the data of {name} in {folder} has no items")
     return task
+
+
+def is_share(name: str) -> bool:
+    """Whether a score is a share of items; its name may end with ",FILTER", as in lm-eval."""
+    return name.partition(",")[0] in SHARES
 
 
 def in_turn(groups: Sequence[Sequence[Any]], limit: int | None) -> list[Any]:

@@ -14,7 +14,6 @@ IGNORED = (",", r"\$", r"(?s).*#### ", r"\.$")
 ARTICLE = re.compile(r"^ = [^=\n]+ = $", re.MULTILINE)
 SPEC_BENCH_TOKENS = 1024
 WINDOW = 512  # tokens of `wikitext_windows`
-LONGEST = 8  # characters per token, on average, of any tokenizer for English
 
 
 def gsm8k(folder: pathlib.Path, limit: int | None, shots: int | None) -> Task:
@@ -111,16 +110,13 @@ def wikitext_windows(folder: pathlib.Path, limit: int | None, shots: int | None)
     """WikiText-2, test split, as it is, cut into windows of 512 tokens of the model.
 
     The first token of each is given. Perplexity per token so is the custom of papers on weights
-    in fewer bits; it depends on the tokenizer. Without a limit there are so many windows that any
-    tokenizer fills them.
+    in fewer bits; it depends on the tokenizer, and so do the windows and how many there are:
+    `compare.windowed` cuts them, all that are full unless there is a limit.
     """
     checked_shots(shots, 0, 0, "wikitext_windows")
     whole = _wikitext(folder)
-    count = limit or len(whole) // (LONGEST * WINDOW)
-    items = [
-        Item(id=str(i), text=whole, window=(i * WINDOW, (i + 1) * WINDOW)) for i in range(count)
-    ]
-    return Task("wikitext_windows", tuple(items), _unknown_words(whole))
+    items = (Item(id="whole", text=whole),)
+    return Task("wikitext_windows", items, _unknown_words(whole), WINDOW, limit)
 
 
 REPLACED = (("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."))
