@@ -11,6 +11,7 @@ import json
 import pathlib
 from typing import Any
 
+from moejax.planner.layout import read
 from moejax.reports.files import replace_text
 
 RECORD = pathlib.Path(__file__).parent / "results" / "speculation_frontier.json"
@@ -18,20 +19,27 @@ NAMES = {"lru": "lru_ms", "auto:gamma=0": "plain_ms", "auto": "auto_ms"}
 
 
 def digest(report: dict[str, Any]) -> dict[str, Any]:
-    """Times by residency of plain decoding and of `auto` without and with drafts."""
-    found: dict[float, dict[str, float]] = {}
+    """Times by residency of plain decoding and of `auto` without and with drafts.
+
+    With what they depend on: the link, the bytes of an expert, and misses per token under lru.
+    """
+    model, found = report["environment"]["model"], {}
     for row in report["rows"]:
         if row["name"] in NAMES and row["gamma"] == "":
             of_share = found.setdefault(row["residency"], {"residency": row["residency"]})
             of_share[NAMES[row["name"]]] = row["tpot_ms"]
+            if row["name"] == "lru":
+                of_share["lru_missed"] = row["missed"]
             if row["name"] == "auto":
                 of_share["tokens_per_cycle"] = row["tokens_per_cycle"]
     return {
         "command": report["command"],
         "commit": report["environment"]["commit"],
-        "model": report["environment"]["model"],
+        "model": model,
+        "layers": read(model).config.num_moe_layers,
         "link": report["link"],
-        "rows": [found[share] for share in sorted(found) if len(found[share]) == len(NAMES) + 2],
+        "record_bytes": report["record_bytes"],
+        "rows": [found[share] for share in sorted(found) if len(found[share]) == len(NAMES) + 3],
     }
 
 

@@ -5,6 +5,7 @@ token; every repetition starts from a fresh state, so an expert cache starts emp
 engine that `generate` runs, and its clocks.
 """
 
+import collections
 import copy
 import csv
 import dataclasses
@@ -19,6 +20,7 @@ import numpy as np
 from moejax.decode import chunks
 from moejax.errors import InputError
 from moejax.measure import StreamRead
+from moejax.report import drafts_in_words
 from moejax.runtime import Runtime
 from moejax.sampling import Sampling
 from moejax.stats import Stats
@@ -169,12 +171,29 @@ def row(runtime: Runtime, test: Test, samples: Sequence[Sample], *, seed: int) -
         "bound_fraction": statistics.median(bounds) if bounds else None,
         "stream_read_gb_per_s": statistics.median(bandwidths) if bandwidths else None,
         "stream_read_samples": bandwidths,
+        **_drafts(runtime, samples),
         # Greedy decoding of a bad model may repeat itself, which flatters the hit rate.
         "distinct_tokens": len({t for s in samples for row in s.tokens for t in row}),
         **_budget(runtime),
         "batch": batch,
         "reps": len(samples),
         "seed": seed,
+    }
+
+
+def _drafts(runtime: Runtime, samples: Sequence[Sample]) -> dict[str, float | None]:
+    """Whether drafts paid, over all repetitions; None where none could be made."""
+    total, lengths = Stats(record_bytes=0), collections.Counter()
+    for sample in samples:
+        for name in ("steps", "row_steps", "drafted", "accepted"):
+            setattr(total, name, getattr(total, name) + getattr(sample.stats, name))
+        lengths.update(sample.stats.draft_lengths)
+    total.draft_lengths = dict(lengths)
+    return {
+        "tokens_per_cycle": total.tokens_per_step if total.row_steps else None,
+        "acceptance": total.acceptance,
+        "drafted_share": total.drafted_share,
+        "plain_step_ms": runtime.plain_step_ms(total),
     }
 
 
@@ -236,7 +255,7 @@ COLUMNS = {
     "ms/token": lambda r: f"{r['ms_per_token']:.2f}",
     "hit rate": lambda r: _or_dash(r["hit_rate"], ".1%"),
     "misses/token": lambda r: f"{r['misses_per_token']:.1f}",
-    "MB/token": lambda r: f"{r['bytes_per_token'] / 1e6:.2f}",
+    "MiB/token": lambda r: f"{r['bytes_per_token'] / 2**20:.2f}",
     "of bound": lambda r: _or_dash(r["bound_fraction"], ".0%"),
 }
 
@@ -246,13 +265,22 @@ def _or_dash(value: float | None, form: str) -> str:
 
 
 def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """A table of the main columns: median and standard deviation, MB moved over the link."""
+    """A table of the main columns: median and standard deviation, MiB moved over the link."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * 5 + "|---:" * (len(COLUMNS) - 5) + "|"]
     lines += ["| " + " | ".join(cell(r) for cell in COLUMNS.values()) + " |" for r in rows]
+    drafted = [r for r in rows if r["tokens_per_cycle"] is not None]
+    lines += [""] * bool(drafted)
+    lines += [f"{r['test']}: {_speculation(r)}." for r in drafted]
     rates = [r["stream_read_gb_per_s"] for r in rows if r["stream_read_gb_per_s"]]
     if rates:
         lines += ["", f"Stream reads in between: {statistics.median(rates):.1f} GB/s."]
     return "\n".join(lines)
+
+
+def _speculation(row: dict[str, Any]) -> str:
+    made = [row[name] for name in ("tokens_per_cycle", "acceptance", "drafted_share")]
+    # a step makes a token of each sequence
+    return drafts_in_words(*made, row["ms_per_token"] * row["batch"], row["plain_step_ms"])
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:

@@ -12,7 +12,8 @@ def stats_document(runtime: Any) -> dict[str, Any]:
     budget = {"slots": runtime.slots, "experts": total, "context": runtime.context}
     model = runtime.model
     how = {"dtype": model.dtype, "quant": model.quant, "kernels": model.kernels}
-    return runtime.stats.as_dict() | budget | how | {"link": runtime.tier}
+    more = {"link": runtime.tier, "plain_step_ms": runtime.plain_step_ms()}
+    return runtime.stats.as_dict() | budget | how | more
 
 
 def show_stats(terminal: Terminal, runtime: Any) -> None:
@@ -30,7 +31,7 @@ def stats_rows(runtime: Any) -> list[tuple[str, str]]:
     if stats.tpot is not None:
         rate = f"{1 / stats.tpot:.1f} per second"
         rows.append(("time per output token", f"{stats.tpot * 1e3:.2f} ms ({rate})"))
-    rows += _drafts(stats)
+    rows += _drafts(stats, runtime.plain_step_ms())
     if total:
         rows += [("experts resident", _resident(runtime, total)), *_hits(stats)]
         rows += _traffic(stats, runtime)
@@ -42,13 +43,34 @@ def stats_rows(runtime: Any) -> list[tuple[str, str]]:
     return rows
 
 
-def _drafts(stats: Any) -> list[tuple[str, str]]:
+def drafts_in_words(
+    per_cycle: float, acceptance: float | None, share: float, ms: float, plain_ms: float | None
+) -> str:
+    """What drafts did for a run, in one line.
+
+    Args:
+        per_cycle: tokens of a sequence.
+        acceptance: share of the drafted tokens; None = there were none.
+        share: of the cycles, those of which drafts were asked.
+        ms: of a token.
+        plain_ms: of a plain step, as the run timed it; None = it did not.
+    """
+    if acceptance is None:
+        return f"{per_cycle:.2f} tokens per cycle, nothing was drafted"
+    drafted = f"{acceptance:.0%} of drafts accepted, {share:.0%} of cycles drafted"
+    said = f"{per_cycle:.2f} tokens per cycle, {drafted}"
+    if plain_ms is None:
+        return said
+    return f"{said}; {ms / plain_ms:.2f}x a plain step's time per token ({plain_ms:.2f} ms)"
+
+
+def _drafts(stats: Any, plain_ms: float | None) -> list[tuple[str, str]]:
     if not stats.row_steps:
         return []
+    numbers = (stats.tokens_per_step, stats.acceptance, stats.drafted_share, stats.tpot * 1e3)
     lengths = ", ".join(f"{n} of {g}" for g, n in sorted(stats.draft_lengths.items()))
-    accepted = f"{stats.accepted} of {stats.drafted} drafted tokens accepted"
-    made = f"{stats.tokens_per_step:.2f} tokens per cycle"
-    rows = [("speculation", f"{made}, {accepted}"), ("cycles by draft length", lengths)]
+    rows = [("speculation", drafts_in_words(*numbers, plain_ms))]
+    rows.append(("cycles by draft length", lengths))
     seconds = stats.draft_prefill_seconds
     return [*rows, ("draft model's prompt", f"{seconds * 1e3:.1f} ms")] if seconds > 0.01 else rows
 

@@ -375,11 +375,10 @@ def _accepted(
     greedy: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Accepted drafts [B], and the tokens made [B, W]: those, and one more."""
-    places = jnp.arange(fed.shape[1])
-    known = jnp.where(places <= drafted.count[:, None], fed, -1)
+    places, draft, count = jnp.arange(fed.shape[1]), drafted.token, drafted.count
+    known = jnp.where(places <= count[:, None], fed, -1)
     plain = greedy and seen is None
     final = logits if plain else final_logits(logits, known, sampling, seen)
-    draft, count = drafted.token, drafted.count
     if greedy:
         accepted, own = accept_greedy(final, draft, count)
     else:

@@ -167,6 +167,12 @@ class Stats:
         return self.accepted / self.drafted if self.drafted else None
 
     @property
+    def drafted_share(self) -> float | None:
+        """Share of the cycles of which drafts were asked."""
+        cycles = sum(self.draft_lengths.values())
+        return 1.0 - self.draft_lengths.get(0, 0) / cycles if cycles else None
+
+    @property
     def tokens_per_step(self) -> float | None:
         """Tokens of a sequence that a decode step makes: 1, or what speculation makes of it."""
         if not self.steps:
@@ -237,6 +243,7 @@ class Stats:
         names = ("hit_rate", "exact_hit_rate", "prediction_precision", "prediction_recall")
         names += (
             "acceptance",
+            "drafted_share",
             "tokens_per_step",
             "prefetch_use",
             "tpot",

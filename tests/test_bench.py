@@ -104,6 +104,29 @@ def test_a_row_is_the_median_of_its_samples(directory):
     assert row["distinct_tokens"] == 1
 
 
+def test_a_row_says_whether_drafts_paid(directory):
+    runtime = moejax.load(directory, slots=SLOTS, context=8)
+    test, plain = bench.Test("tg10", 1, 11), Stats(record_bytes=1000)
+    made = [
+        Stats(record_bytes=1000, steps=4, row_steps=4, drafted=8, accepted=6, draft_lengths=found)
+        for found in ({0: 1, 2: 3}, {0: 2, 4: 2})
+    ]
+    samples = [bench.Sample(seconds=1.0, stats=s, prefill=plain, tokens=[[1] * 11]) for s in made]
+    row = bench.row(runtime, test, samples, seed=0) | {"policy": "made"}
+    assert (row["tokens_per_cycle"], row["acceptance"]) == (2.5, 0.75)
+    assert (row["drafted_share"], row["plain_step_ms"]) == (0.625, None)
+    said = "tg10: 2.50 tokens per cycle, 75% of drafts accepted, 62% of cycles drafted"
+    assert f"\n\n{said}." in bench.as_markdown([row])
+    # A token took 100 ms of each of two sequences.
+    both = row | {"batch": 2, "plain_step_ms": 400.0}
+    assert f"{said}; 0.50x a plain step's time per token (400.00 ms)." in bench.as_markdown([both])
+    without = bench.Sample(seconds=1.0, stats=Stats(1000, steps=10), prefill=plain, tokens=[[1]])
+    row = bench.row(runtime, test, [without], seed=0) | {"policy": "made"}
+    names = ("tokens_per_cycle", "acceptance", "drafted_share", "plain_step_ms")
+    assert [row[name] for name in names] == [None] * 4
+    assert "drafted" not in bench.as_markdown([row])
+
+
 def test_what_is_timed_is_what_generate_does(directory):
     runtime = moejax.load(directory, slots=SLOTS, context=32)
     ids = bench.random_ids(SHAPE["vocab"], 2, 5, seed=0, repetition=0)

@@ -97,10 +97,24 @@ def test_a_model_that_does_not_fit_is_quantised_and_said_so():
     full = dataclasses.replace(GPU, host_memory=PAGES)
     with pytest.raises(BudgetError, match="host's memory"):
         make(Asked(**small, device_memory=9 << 20, quant="int8"), full)
-    with pytest.raises(BudgetError, match="too little"):
+    with pytest.raises(BudgetError, match="^1.0 MiB is too little"):
         make(Asked(**small, device_memory=1 << 20, quant="int8"), GPU)
+    with pytest.raises(BudgetError, match="^even with int4 weights: 1.0 MiB is too little"):
+        make(Asked(**small, device_memory=1 << 20), GPU)
+    with pytest.raises(InputError, match="1.0 TiB is more than laptop with NVMe has: 16.0 GiB"):
+        make(Asked(**small, host_memory=1 << 40), machine("laptop"))
     with pytest.raises(InputError, match="more than RTX 4090 has"):
         make(Asked(**small, device_memory=25 << 30), GPU)
+
+
+def test_what_does_not_fit_is_no_alternative_either():
+    """Without a GPU the records and the slots lie in the same memory."""
+    link = {"device_memory": 10 << 20, "link": "paced:0.7,0,53"}
+    for room, formats in ((31 << 20, ["bfloat16", "int8", "int4g32"]), (22 << 20, ["int8"])):
+        narrow = dataclasses.replace(SERVER, host_memory=room)
+        plan = make(Asked(model="tiny", context=128, **link), narrow)
+        assert plan.format == formats[0]
+        assert [row["format"] for row in plan.alternatives][: len(formats)] == formats
 
 
 def test_the_pinned_pool_is_raised_where_it_must_be():
@@ -121,6 +135,8 @@ def test_models_are_read_from_configs_alone(tmp_path):
     sources = [read(str(p)) for p in (tmp_path, tmp_path / "config.json")]
     assert [s.config for s in sources] == [read("tiny").config] * 2
     assert sources[1].name == str(tmp_path)
+    plan = make(Asked(model=str(tmp_path / "config.json")), SERVER)
+    assert f"--model {tmp_path} " in plan.command
     qwen = read("Qwen/Qwen3-30B-A3B").config
     assert (qwen.num_moe_layers, qwen.num_experts, qwen.top_k) == (48, 128, 8)
     with pytest.raises(CheckpointError, match="no directory"):
@@ -508,6 +524,9 @@ def test_the_command_prints_the_plan_and_exits_with_codes():
     assert command(*small, "--device-memory", "1MiB").exit_code == 4
     assert command("tiny", "--device-memory", "much").exit_code == 2
     assert command("tiny", "--trace", "nowhere.trace").exit_code in (2, 3)
+    unknown = command("nobody/nothing")
+    assert unknown.exit_code == 5 and "hf download nobody/nothing config.json" in unknown.output
+    assert "Qwen/Qwen3-30B-A3B" in unknown.output
 
 
 def test_the_commands_import_nothing_that_takes_time():

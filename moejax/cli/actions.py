@@ -39,12 +39,23 @@ def warm_up(
     terminal: Terminal, runtime: Any, *, batch: int = 1, drift: Any = None, **options: Any
 ) -> None:
     """Compile before the clock starts."""
-    with terminal.status("compiling (not counted below)"):
+    count = programs(runtime) + (2 if drift is not None else 0)
+    with terminal.status(f"compiling {count} programs, or loading them (not counted below)"):
         runtime.warm_up(batch, **options)
         if drift is not None:  # one step that is looked at, and one that is not
             often = dataclasses.replace(drift, every=2)
             alone = dataclasses.replace(runtime, residency_file=None)  # which it would write
             alone.generate([[0]] * batch, 3, drift=often, **options)
+
+
+def programs(runtime: Any) -> int:
+    """Programs that `Runtime.warm_up` compiles: of prompts and steps, or cycles of each width."""
+    from moejax.cycles import widths
+
+    longest = 0 if runtime.policy is None else runtime.policy.speculation.max_length
+    if not longest:
+        return 2
+    return 1 + len(widths(longest)) + (runtime.draft is not None)
 
 
 def drift_budget(nats: float | None, every: int | None) -> Any:

@@ -10,7 +10,10 @@ from moejax.cli import options as opt
 from moejax.errors import InputError
 from moejax.units import format_bytes, parse_bytes
 
-ASSUMED = "rates of the measured 2-core server: `moejax bench hw > hw.json` measures yours"
+ASSUMED = (
+    "times are for the rates of a measured 2-core server: measure yours with `moejax bench hw > "
+    "hw.json` and add --hardware hw.json"
+)
 
 
 def plan(
@@ -206,7 +209,7 @@ def _print(made: Any, checked: Any) -> None:
             (a["format"], a["slots"], f"{a['share']:.0%}", f"{a['tpot_ms']:.2f}", a["limit"])
             for a in made.alternatives
         ]
-        console.print()
+        console.print("\nin the same budget, by --quant:", style="dim")
         names = ("weights", "slots, about", "resident", "TPOT, ms", "limit")
         console.print(table(names, rows))
     console.print()
@@ -221,30 +224,47 @@ def _rows(made: Any) -> list[tuple[str, str]]:
     from moejax.planner.predict import TIERS
 
     share = made.slots / made.experts
-    low, high = made.tpot_range_ms
-    spread = f", {low:.2f} to {high:.2f} by routing" if high > low else ""
-    hits, tpot, ttft = made.hits, made.tpot.total_ms, made.ttft.total_ms
-    bounds = made.bounds_ms
+    low, high = (_ms(ms) for ms in made.tpot_range_ms)
+    spread = f" ({low} to {high} by routing)" if high != low else ""
+    tpot, ttft = _ms(made.tpot.total_ms), _ms(made.ttft.total_ms)
+    bounds = (f"{name} {_ms(value)}" for name, value in made.bounds_ms.items())
     slots = f"{made.slots} of {made.experts} ({share:.0%}), {made.slots_per_layer:.1f} per layer"
-    rate = f"{hits.middle:.0%} ({hits.low:.0%} to {hits.high:.0%})"
-    rows = [
-        ("machine", f"{made.machine.name}, {made.machine.link}"),
+    tokens = f"{made.prompt} token{'s' * (made.prompt != 1)}"
+    return [
+        ("machine", _machine(made.machine)),
         ("experts", TIERS[made.tier]),
         ("slots", slots),
         *((name, format_bytes(size)) for name, size in made.memory.items()),
-        *((place, format_bytes(size)) for place, size in made.store.items()),
-        *(("sets", f"{name}={value}") for name, value in made.environment.items()),
-        ("hit rate", rate if made.tier != "resident" else "100%"),
-        *([("", hits.source)] if made.tier != "resident" else []),
+        *((f"all experts {place}", format_bytes(size)) for place, size in made.store.items()),
+        *(("loading sets", f"{name}={value}") for name, value in made.environment.items()),
+        *_hits(made),
         (
             "time per output token",
-            f"{tpot:.2f} ms{spread}; limited by {made.limit} (at {made.context // 2} tokens)",
+            f"{tpot}{spread} after {made.context // 2} tokens; limited by {made.limit}",
         ),
-        (
-            "time to first token",
-            f"{ttft:.0f} ms for {made.prompt} tokens; limited by {made.ttft_limit}",
-        ),
-        ("bounds", ", ".join(f"{name} {value:.2f} ms" for name, value in bounds.items())),
+        ("time to first token", f"{ttft} for {tokens}; limited by {made.ttft_limit}"),
+        ("bounds", ", ".join(bounds)),
         ("policy", f"{made.policy}: {made.reason}"),
     ]
-    return rows
+
+
+def _ms(ms: float) -> str:
+    return f"{ms:.2f} ms" if ms < 1000 else f"{ms / 1e3:.2f} s"
+
+
+def _machine(planned_for: Any) -> str:
+    on_host = format_bytes(planned_for.host_memory)
+    if planned_for.kind == "cpu":
+        link = f", {planned_for.link}" if planned_for.link != "memory copy" else ""
+        return f"{planned_for.name}{link}, {on_host} of memory"
+    own = format_bytes(planned_for.device_memory)
+    return f"{planned_for.name}, {planned_for.link}, {own} and {on_host} on the host"
+
+
+def _hits(made: Any) -> list[tuple[str, str]]:
+    if made.tier == "resident":
+        return [("hit rate", "100%")]
+    found = made.hits
+    low, middle, high = (f"{rate:.0%}" for rate in (found.low, found.middle, found.high))
+    spread = f" ({low} to {high})" if high != low else ""
+    return [("hit rate", f"{middle}{spread}: {found.source}")]

@@ -7,7 +7,7 @@ import pathlib
 from moejax import allocator, decode, describe, devices, loading, tiers
 from moejax.checkpoints import convert, gguf_file, headers
 from moejax.config import ModelConfig
-from moejax.errors import BudgetError, InputError
+from moejax.errors import BudgetError, HubError, InputError
 from moejax.models import config_from_hf
 from moejax.models.shapes import held_parameters, parameter_shapes
 from moejax.models.transformer import Decoder
@@ -62,7 +62,7 @@ def read(name: str, context: int | None = None) -> Source:
         return Source(str(path.parent), config_from_hf(found))
     if gguf_file.is_gguf(path):
         return Source(name, config_from_hf(loading.read_config(path)))
-    directory = loading.resolve(name, download=False)
+    directory = _resolved(name)
     if convert.is_converted(directory):
         facts = describe.describe(directory, context)
         config = config_from_hf(loading.read_config(directory))
@@ -70,6 +70,17 @@ def read(name: str, context: int | None = None) -> Source:
     if any(directory.glob("*.safetensors")):
         describe.describe(directory, context)
     return Source(name, config_from_hf(loading.read_config(directory)))
+
+
+def _resolved(name: str) -> pathlib.Path:
+    try:
+        return loading.resolve(name, download=False)
+    except HubError as error:
+        raise HubError(
+            f"{name} is no directory here and no model in the local cache, and a plan downloads "
+            f"nothing: run `hf download {name} config.json`, which is all that it needs. Known "
+            f"without: {', '.join(catalogue.CONFIGS)}"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,13 +145,10 @@ def layout_of(
     sizes = {"dense": dense, "kv": kv, "link": link}
     if on_gpu or asked.device_memory is not None:
         memory = asked.device_memory or _floor(planned_for.device_memory - GPU_RESERVE)
-        if memory > planned_for.device_memory:
-            raise InputError(
-                f"a budget of {format_bytes(memory)} is more than {planned_for.name} has"
-            )
+        _check(memory, planned_for.device_memory, planned_for)
         slots = min(devices.slots_for(model, chosen, memory, context), total)
         stored = total * record if slots < total else 0
-        missing = lacking(planned_for, asked, stored if on_gpu else stored + memory)
+        missing = lacking(planned_for, asked, stored, memory)
         if missing:
             raise BudgetError(missing)
         option = ("--device-memory", _text(memory), *(("--link", str(link)) if link else ()))
@@ -150,9 +158,18 @@ def layout_of(
     if asked.host_memory is None and whole <= planned_for.host_memory:
         return Layout(model, context, "disk", total, None, (), **sizes)
     memory = asked.host_memory or _floor(planned_for.host_memory - 2 * tiers.PROCESS_BYTES)
+    _check(memory, planned_for.host_memory, planned_for)
     over, slots = tiers.on_host(model, chosen, memory, context, 1, None)
     ahead, option = tiers.BUFFERS * record if over else 0, ("--host-memory", _text(memory))
     return Layout(model, context, "disk", min(slots, total), memory, option, **sizes, ahead=ahead)
+
+
+def _check(memory: int, most: int, planned_for: Machine) -> None:
+    if memory > most:
+        raise InputError(
+            f"a budget of {format_bytes(memory)} is more than {planned_for.name} has: "
+            f"{format_bytes(most)}"
+        )
 
 
 def _checked_link(asked: Asked, on_gpu: bool) -> tiers.Link | None:
@@ -194,16 +211,21 @@ def _text(memory: int) -> str:
     return f"{memory // MIB}MiB" if memory % MIB == 0 else str(memory)
 
 
-def lacking(planned_for: Machine, asked: Asked, needed: int) -> str | None:
-    """Why the host's memory does not hold so many bytes, None if it does."""
-    given = asked.host_memory if planned_for.kind == "gpu" else None
-    memory = given or planned_for.host_memory
-    needed += allocator.HOST_MARGIN if planned_for.kind == "gpu" and needed else 0
-    if needed <= memory:
+def lacking(planned_for: Machine, asked: Asked, stored: int, budget: int | None) -> str | None:
+    """Why the host's memory does not hold the records `stored` in it, None if it does.
+
+    Args:
+        budget: bytes of slots and the rest, which are the host's memory too without a GPU.
+    """
+    on_gpu = planned_for.kind == "gpu"
+    memory = asked.host_memory if on_gpu and asked.host_memory else planned_for.host_memory
+    beside = allocator.HOST_MARGIN if on_gpu else budget or 0
+    if not stored or stored + beside <= memory:
         return None
     return (
-        f"{format_bytes(needed)} of the host's memory are needed, which has {format_bytes(memory)}:"
-        " quantise the experts, or plan for more memory"
+        f"all experts are to lie in the host's memory: {format_bytes(stored)}, and "
+        f"{format_bytes(beside)} beside them, of {format_bytes(memory)}: quantise them, or plan "
+        "for more memory"
     )
 
 

@@ -34,6 +34,7 @@ from moejax.planner.recommend import (
 from moejax.units import format_bytes
 
 FORMATS = (None, "int8", "int4")
+MOVERS = {"link": "the link", "disk": "the disk", "memory": "copies"}  # by tier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,23 +103,45 @@ def make(asked: Asked, planned_for: Machine) -> Plan:
             return _plan(asked, planned_for, source, layout, chosen, quant, bool(failures))
         except BudgetError as error:
             failures.append(error)
-    raise failures[-1]
+    if len(failures) == 1:
+        raise failures[0]
+    raise BudgetError(f"even with {formats[-1]} weights: {failures[-1]}")
 
 
 def _proposed(
     asked: Asked, planned_for: Machine, config: ModelConfig, form: str | None, context: int
 ) -> tuple[Layout, Proposal]:
-    """What the budget holds, with the policy that the plan's own times recommend, or asked for."""
+    """What the budget holds, with the policy that the plan's own times recommend, or asked for.
+
+    A policy may need memory of its own, and so have fewer slots than those for which it was
+    recommended: it is taken only if it is recommended for what it leaves, too.
+    """
     fixed = (asked, planned_for, config, form, context)
     layout = layout_of(*fixed, asked.policy or OFFLOADED)
     if asked.policy is not None:
         return layout, forced(asked.policy, layout, planned_for)
     work = work_of(config, asked.dtype, form, layout.kv / context)
     machine = behind(planned_for, layout.link, work)
-    rate = _hits(asked, config, layout.slots).middle
-    chosen = recommended(layout, work, machine, rate, context / 2)
-    if layout.tier != "resident" and chosen.policy != OFFLOADED:
-        layout = layout_of(*fixed, chosen.policy)  # which may need more memory
+    refused: dict[str, str] = {}
+
+    def proposed(within: Layout) -> Proposal:
+        rate = _hits(asked, config, within.slots).middle
+        return recommended(within, work, machine, rate, context / 2, refused)
+
+    while (chosen := proposed(layout)).policy != OFFLOADED:
+        try:
+            own = layout_of(*fixed, chosen.policy)
+        except BudgetError as error:
+            refused[chosen.policy] = f"what they need beside the model does not fit: {error}"
+            continue
+        again = proposed(own)
+        if again.policy == chosen.policy:
+            return own, again
+        why = "; ".join(again.against) or again.reason
+        refused[chosen.policy] = (
+            f"what they need beside the model leaves {own.slots} of {own.total} slots; with those: "
+            f"{why}"
+        )
     return layout, chosen
 
 
@@ -143,10 +166,9 @@ def _plan(
     moved = "resident" if chosen.policy == IN_PLACE else tier  # in a prompt, likewise
     first = prompt(work, machine, moved, layout.slots, asked.prompt, chunk_of(asked.prompt))
     middle, misses = step(hits.middle), work.moe_layers * work.top_k * (1 - lru)
-    bounds = {
-        "all experts resident": step(1.0, "resident").total_ms,
-        "link alone": 0.0 if tier == "resident" else moving_ms(work, machine, tier, misses),
-    }
+    bounds = {"all experts resident": step(1.0, "resident").total_ms}
+    if tier != "resident":
+        bounds[f"{MOVERS[tier]} alone"] = moving_ms(work, machine, tier, misses)
     if chosen.hosted:
         bounds["all misses moved"] = step(lru, hosted=False).total_ms
     gpu = machine.device_memory if machine.kind == "gpu" else None
@@ -176,8 +198,8 @@ def _plan(
         bounds_ms=bounds,
         policy=chosen.policy,
         reason=chosen.reason,
-        command=_command(asked, layout, quant, chosen.policy),
-        notes=_notes(asked, machine, layout, cut, chosen),
+        command=_command(asked, source, layout, quant, chosen.policy),
+        notes=_notes(asked, source, machine, layout, cut, chosen),
         alternatives=_alternatives(asked, planned_for, source, layout, chosen),
     )
 
@@ -204,15 +226,15 @@ def _memory(layout: Layout) -> dict[str, int]:
 def _hits(asked: Asked, config: ModelConfig, slots: int, policy: str = RESIDENT) -> reuse.Hits:
     sizes = (slots, config.num_moe_layers, config.num_experts, config.top_k)
     if policy == IN_PLACE:
-        return reuse.Hits(0.0, 0.0, 0.0, "nothing is moved into slots, which begin empty")
+        return reuse.Hits(0.0, 0.0, 0.0, "this policy moves nothing into slots, which begin empty")
     if asked.curve is None:
         return reuse.expected(*sizes)
     rate = asked.curve.at(*sizes)
-    return reuse.Hits(rate, rate, rate, f"trace of {asked.curve.model}: {asked.curve.source}")
+    return reuse.Hits(rate, rate, rate, f"by a trace of {asked.curve.model}: {asked.curve.source}")
 
 
-def _command(asked: Asked, layout: Layout, quant: str | None, policy: str) -> str:
-    words = ["moejax", "generate", "--model", asked.model, *layout.options, "--policy", policy]
+def _command(asked: Asked, source: Source, layout: Layout, quant: str | None, policy: str) -> str:
+    words = ["moejax", "generate", "--model", source.name, *layout.options, "--policy", policy]
     words += ["--context", str(layout.context)]
     words += ["--quant", quant] if quant else []
     words += ["--group", str(asked.group)] if quant == "int4" and asked.group != 32 else []
@@ -220,7 +242,9 @@ def _command(asked: Asked, layout: Layout, quant: str | None, policy: str) -> st
     return shlex.join(words)
 
 
-def _notes(asked: Asked, machine: Machine, layout: Layout, cut: bool, chosen: Proposal) -> list:
+def _notes(
+    asked: Asked, source: Source, machine: Machine, layout: Layout, cut: bool, chosen: Proposal
+) -> list[str]:
     notes = []
     if cut:
         notes.append(
@@ -228,19 +252,25 @@ def _notes(asked: Asked, machine: Machine, layout: Layout, cut: bool, chosen: Pr
             " results a little"
         )
     notes += chosen.against
+    if layout.tier == "memory":
+        notes.append(
+            "without a GPU all experts lie in memory anyway, and --device-memory only bounds the "
+            "slots: leave it out, or give --host-memory to take less memory"
+        )
     if machine.kind == "gpu":
         notes.append("the GPU path is written, but no GPU has confirmed it yet, nor these times")
     if layout.tier == "link" and not layout.link:
         pinned = layout.total * layout.record
         limit = allocator.DEFAULT_HOST_LIMIT << 30
-        fits = "fit" if pinned + allocator.HOST_MARGIN <= limit else "do not fit, so it is raised,"
-        notes.append(
-            f"XLA pins at most {format_bytes(limit)} of host memory by default: the records {fits} "
-            "(set before JAX starts)"
-        )
+        if pinned + allocator.HOST_MARGIN <= limit:
+            then = "which holds the records"
+        else:
+            then = "less than the records take: loading has it raised, as shown above"
+        notes.append(f"XLA pins at most {format_bytes(limit)} of host memory by default, {then}")
         notes.append("XLA's workspace is that of a compilation for this machine, not for the GPU")
-    if layout.tier == "disk":
-        notes.append("the first run converts the model once, as large again, unless it already is")
+    if layout.tier == "disk" and not source.fixed:
+        size = format_bytes(layout.total * layout.record + layout.dense)
+        notes.append(f"the first run converts the model into {size} on the disk, once")
     if "assumed" in " ".join(machine.sources.values()):
         notes.append("rates come from published figures and assumptions, see `machine` in --json")
     return notes
@@ -267,7 +297,7 @@ def _alternatives(
             slots = min(max(left, 0) // work.record_bytes, total)
         tier = "resident" if slots == total else layout.base
         stored = total * work.record_bytes if tier in ("link", "memory") else 0
-        if slots < config.top_k or lacking(planned_for, asked, stored):
+        if slots < config.top_k or lacking(planned_for, asked, stored, layout.budget):
             continue
         hits = _hits(asked, config, slots, chosen.policy).middle
         machine = behind(planned_for, layout.link, work)
