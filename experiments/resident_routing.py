@@ -48,6 +48,7 @@ from moejax.policies.drafting import (
 from moejax.policies.policy import Policy, policy
 from moejax.policies.routing import Router
 from moejax.policies.speculation import FixedLength, SelfDraft, Speculate
+from moejax.reports.plots import LOOKS
 from moejax.state import DecodeState, StepOutput, pytree
 
 STRIDE, DEPTH = 8, 6  # tokens from one draft to the next, and of a draft
@@ -295,19 +296,18 @@ def plot(report: dict[str, Any], path: pathlib.Path) -> None:
 
 
 def _by_share(axis: Any, rows: list[dict]) -> None:
-    colours = ("#3182bd", "#e6550d", "#31a354", "#756bb1", "#636363")
     measured = [name for name in ROUTERS if any(row["router"] == name for row in rows)]
     shares = [100 * share for share in RESIDENCIES]
-    for name, colour in zip(ROUTERS, colours, strict=True):
+    for name, (colour, marker) in zip(ROUTERS, LOOKS, strict=False):
         if name not in measured:
             continue
         values = [100 * find(rows, name, share, "mean")["acceptance"] for share in RESIDENCIES]
-        axis.plot(shares, values, "o-", color=colour, label=name)
+        axis.plot(shares, values, marker=marker, color=colour, label=name)
         if name in PAPER:
             theirs = [100 * value for value in PAPER[name].values()]
             where = [100 * share for share in PAPER[name]]
             label = f"{name}, Qwen3-30B (nano-vLLM-moe)"
-            axis.plot(where, theirs, "D", mfc="none", ms=7, color=colour, label=label)
+            axis.plot(where, theirs, marker, mfc="none", ms=9, color=colour, label=label)
 
 
 def main() -> None:

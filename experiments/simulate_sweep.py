@@ -20,6 +20,7 @@ import numpy as np
 
 from experiments import smoe_common as common
 from moejax.policies.policy import policy
+from moejax.reports.plots import LOOKS
 from moejax.simulator import accesses, replay, stack_distance
 from moejax.simulator.simulate import Asked, prepared
 from moejax.simulator.tape import tapes_of
@@ -122,18 +123,22 @@ def _at_fewest(row: dict[str, Any]) -> tuple[int, float]:
 
 def plot(report: dict[str, Any], path: pathlib.Path) -> None:
     """Hit rates by slots, the best of each structure."""
-    figure, axes = common.figure(1, 2, (9, 3.4))
+    figure, axes = common.figure(1, 2, (11, 4.4))
+    figure.suptitle("The best hit rate of each evictor, Qwen3-30B-A3B (48 layers of 128 experts)")
     for axis, name in zip(axes, ("per_layer", "global"), strict=True):
         best: dict[str, dict[int, float]] = {}
         for row in report[name]["rows"]:
             own = best.setdefault(row["policy"].partition(":")[0], {})
             own[row["slots"]] = max(own.get(row["slots"], 0.0), row["hit_rate"])
-        for kind, mark in zip(best, "osv^", strict=False):
-            points = sorted(best[kind].items())
-            axis.plot(*zip(*points, strict=True), marker=mark, markersize=3, label=kind)
-        axis.set(xlabel="slots, all 48 layers", ylabel="hit rate in decode")
+        looks = zip(LOOKS, ("-", "--", "-.", ":"), strict=False)
+        for kind, ((colour, marker), style) in zip(best, looks, strict=False):
+            slots, rates = zip(*sorted(best[kind].items()), strict=True)
+            look = {"color": colour, "marker": marker, "ms": 5, "ls": style, "label": kind}
+            axis.plot(slots, [100 * rate for rate in rates], **look)
+        axis.set(xlabel="slots, all 48 layers", ylabel="hit rate in decode, %", ylim=(0, 100))
         axis.set_title("own slots per layer" if name == "per_layer" else "one pool")
-        axis.legend(frameon=False)
+        axis.grid(alpha=0.25)
+        axis.legend(frameon=False, loc="lower right")
         axis.spines[["top", "right"]].set_visible(False)
     common.save(figure, path)
 

@@ -32,6 +32,7 @@ from moejax.policies.policy import Policy, policy
 from moejax.policies.prediction import Ahead, Predictor, View
 from moejax.policies.routing import TopK
 from moejax.policies.substitution import AttenuateLow, RandomStandIn, SkipLow
+from moejax.reports.plots import BLUE, GREEN, ORANGE
 from moejax.state import pytree, static
 
 QUICK = {"windows": 2, "tokens": 64, "alphas": (0.0, 0.25, 0.35, 0.6)}
@@ -271,16 +272,18 @@ def plot(report: dict[str, Any], path: pathlib.Path) -> None:
     """Perplexity and hits by alpha; the paper's scores beside them."""
     rows = report["rows"]
     figure, (left, middle, right) = common.figure(1, 3, (13.5, 4.3))
-    for share, colour in zip(RESIDENCIES, ("#e6550d", "#3182bd", "#31a354"), strict=True):
+    looks = zip(RESIDENCIES, (ORANGE, BLUE, GREEN), "oPv", strict=True)
+    for share, colour, marker in looks:
+        look = {"marker": marker, "ms": 5, "color": colour}
         own = [r for r in rows if (r.get("residency"), r.get("domain")) == (share, "all")]
         own = [r for r in own if r["router"] == "substitute"]
         alphas = [r["alpha"] for r in own]
         ends = np.array([r["interval"] for r in own]).T * 100 - 100
         ratio = [100 * r["perplexity_over_exact"] - 100 for r in own]
-        left.plot(alphas, ratio, "o-", ms=3, color=colour, label=f"{share:.0%} resident")
+        left.plot(alphas, ratio, label=f"{share:.0%} resident", **look)
         left.fill_between(alphas, *ends, color=colour, alpha=0.15, lw=0)
-        middle.plot(alphas, [r["hit_rate"] for r in own], "o-", ms=3, color=colour)
-        middle.plot(alphas, [r["exact_hit_rate"] for r in own], "--", color=colour)
+        middle.plot(alphas, [r["hit_rate"] for r in own], **look)
+        middle.plot(alphas, [r["exact_hit_rate"] for r in own], ls="--", **look)
     draw_controls(left, rows)
     left.plot([0.25, 0.35], [1, 2], "k_", ms=14, mew=2, label="Target at 40 %")
     left.set(xlabel="alpha", ylabel="Held-out perplexity over exact routing (%)")
@@ -312,7 +315,7 @@ def draw_controls(axis: Any, rows: list[dict]) -> None:
     for name, marker in markers.items():
         own = [r for r in rows if r["router"] == name and r["domain"] == "all"]
         ratio = [100 * r["perplexity_over_exact"] - 100 for r in own]
-        axis.plot([r["alpha"] for r in own], ratio, marker, ms=5, color="#3182bd", label=name)
+        axis.plot([r["alpha"] for r in own], ratio, marker, ms=7, color=BLUE, label=name)
     for name, style in (("exact, int8", ":"), ("exact, int4", "--")):
         [own] = [r for r in rows if r["router"] == name and r["domain"] == "all"]
         ratio = 100 * own["perplexity_over_exact"] - 100

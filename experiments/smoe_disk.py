@@ -18,6 +18,7 @@ import numpy as np
 from experiments import smoe_common as common
 from experiments.smoe_ablation import MAIN, STEPS, Bench, Case, cases, find, row_of
 from experiments.smoe_common import Text
+from moejax.reports.plots import BLUE, GREY
 
 QUICK = {"windows": 1, "tokens": 128, "rounds": 1, "timed": 48}
 FULL = {"windows": 2, "tokens": 128, "rounds": 3, "timed": 64}
@@ -55,12 +56,24 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def plot(report: dict[str, Any], path: pathlib.Path) -> None:
-    """TPOT of the steps."""
-    figure, axis = common.figure(1, 1, (6, 3))
+    """TPOT and bytes of the steps."""
+    figure, (times, reads) = common.figure(1, 2, (10, 3.2))
     rows = report["rows"][::-1]
-    axis.barh([row["name"] for row in rows], [row["tpot_ms"] for row in rows], color="#3182bd")
-    axis.set(xlabel="TPOT (ms)", title="Experts on the disk, 40 % resident, batch 1")
-    axis.spines[["top", "right"]].set_visible(False)
+    names = [row["name"] for row in rows]
+    colours = [GREY if name == "all resident" else BLUE for name in names]
+    spread = [row["tpot_ms_spread"] / 2 for row in rows]
+    times.barh(names, [row["tpot_ms"] for row in rows], xerr=spread, capsize=3, color=colours)
+    times.set(xlabel="TPOT (ms)", title="Time per output token")
+    moved = [row["moved_bytes_per_token"] / 1e6 for row in rows]
+    reads.barh(names, moved, color=colours)
+    [lru] = [value for name, value in zip(names, moved, strict=True) if name == "lru"]
+    limit = LIMITS["moved_bytes_over_lru"]
+    reads.axvline(limit * lru, color="black", ls="--", lw=1, label=f"target: {limit:g} of lru")
+    reads.set(xlabel="read per token (MB)", title="Bytes from the disk", yticklabels=[])
+    reads.legend(frameon=False, loc="lower right", fontsize=9)
+    figure.suptitle("Experts on the disk, 40 % resident, batch 1")
+    for axis in (times, reads):
+        axis.spines[["top", "right"]].set_visible(False)
     common.save(figure, path)
 
 

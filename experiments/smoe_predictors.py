@@ -30,6 +30,7 @@ from moejax import decode
 from moejax.policies.policy import Policy, policy
 from moejax.policies.prediction import NextAttention, NextGate, NextResidual
 from moejax.policies.routing import TopK
+from moejax.reports.plots import LOOKS
 
 ALPHA, RESIDENCY, HORIZONS = 0.25, 0.4, (1, 2, 3)
 QUICK = {"windows": 1, "tokens": 48, "horizons": HORIZONS}
@@ -190,28 +191,36 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def plot(report: dict[str, Any], path: pathlib.Path) -> None:
-    """Precision and recall by horizon, and precision by layer, under exact routing."""
+    """Precision and recall by horizon and by layer, under exact routing.
+
+    Curves that meet are told apart by width and marker: a broad one lies below a narrow one.
+    """
     rows, horizons = report["rows"], report["horizons"]
-    figure, axes = common.figure(1, 3, (12.5, 4.4))
-    colours = dict(zip(PREDICTORS, ("#3182bd", "#e6550d", "#31a354"), strict=True))
-    for name, colour in colours.items():
+    figure, axes = common.figure(1, 3, (13.5, 5.2))
+    for name, (colour, marker), (wide, size) in zip(
+        PREDICTORS, LOOKS, ((1.6, 6), (5, 11), (1.4, 5)), strict=False
+    ):
+        look = {"color": colour, "marker": marker, "lw": wide, "ms": size}
         found = [find(rows, name, horizon) for horizon in horizons]
         layers = [row for row in rows if _is(row, name) and row["layer"] != "all"]
         precise, recalled, by_layer = axes
         label = LABELS[name]
-        for key, style in (("precision_top", "o-"), ("precision_active", "o--")):
-            precise.plot(horizons, _percent(found, key), style, color=colour)
-        recalled.plot(horizons, _percent(found, "recall_top"), "o-", color=colour, label=label)
-        recalled.plot(horizons, _percent(found, "recall_active"), "o--", color=colour)
+        for key, style in (("top", "-"), ("active", "--")):
+            precise.plot(horizons, _percent(found, f"precision_{key}"), style, **look)
+            recalled.plot(horizons, _percent(found, f"recall_{key}"), style, **look)
+        recalled.lines[-2].set_label(label)
         where = [row["layer"] for row in layers]
-        by_layer.plot(where, _percent(layers, "precision_top"), "o-", color=colour)
-        by_layer.plot(where, _percent(layers, "recall_top"), "o:", color=colour)
-    precise.plot(1, 82, "kD", ms=7, mfc="none", label="Paper: top-score, 82 %")
-    precise.plot(1, 95, "ks", ms=7, mfc="none", label="Paper: active, 95 %")
-    titles = ("Right among the predicted", "Predicted among the right", "Horizon 1, by layer")
+        by_layer.plot(where, _percent(layers, "precision_top"), "-", **look)
+        by_layer.plot(where, _percent(layers, "recall_top"), ":", **look)
+    precise.plot(1, 82, "kX", ms=9, mfc="none", label="paper: top-score, 82 %")
+    precise.plot(1, 95, "kP", ms=9, mfc="none", label="paper: active, 95 %")
+    titles = (
+        "Precision: predicted experts that are right",
+        "Recall: right experts that are predicted",
+        "By layer, one layer ahead",
+    )
     for axis, title in zip(axes, titles, strict=True):
-        axis.set(title=title, ylabel="Share (%)", ylim=(0, 135), xlabel="Horizon (layers ahead)")
-        axis.set_yticks(range(0, 101, 20))
+        axis.set(title=title, ylabel="Share (%)", ylim=(0, 102), xlabel="Horizon (layers ahead)")
         axis.set_xticks(horizons)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -222,7 +231,7 @@ def plot(report: dict[str, Any], path: pathlib.Path) -> None:
         *((by_layer, "-", "precision, top-score"), (by_layer, ":", "recall, top-score")),
     ):
         axis.plot([], [], "k" + style, label=meaning)
-        axis.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
+        axis.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0, -0.13), ncols=2)
     common.save(figure, path)
 
 

@@ -38,6 +38,7 @@ from experiments.spac_windows import Recorded
 from moejax.policies.eviction import LRU
 from moejax.policies.evictors import ScoreEMA
 from moejax.policies.utility import SoftUtility, Utility
+from moejax.reports.plots import BLUE, LOOKS, ORANGE, SKY
 
 UP = 5.0
 CAPS, UPS = (1, 2, 3, 5, 8), (1.0, 3.0, 5.0, 7.0)
@@ -274,30 +275,35 @@ def plot(report: dict[str, Any], path: pathlib.Path) -> None:
     rows = [r for r in report["rows"] if all(r[name] == v for name, v in main.items())][::-1]
     estimators, times, balancer, theorem = axes.flat
     precision = [np.nan if row["precision"] is None else 100 * row["precision"] for row in rows]
-    colours = ["#e6550d" if row["estimator"] == CONTROL else "#3182bd" for row in rows]
-    estimators.barh([row["estimator"] for row in rows], precision, color=colours)
+    control = [row["estimator"] == CONTROL for row in rows]
+    bars = estimators.barh([row["estimator"] for row in rows], precision, color=BLUE)
+    for bar, is_control in zip(bars, control, strict=True):
+        if is_control:
+            bar.set(facecolor=ORANGE, hatch="//", edgecolor="white")
     for i, row in enumerate(rows):
         if row["precision_interval"]:
             estimators.plot([100 * x for x in row["precision_interval"]], [i, i], "k-", lw=1.2)
-        label = f" {row['hot_per_layer']:.1f} hot"
-        estimators.text(2, i, label, va="center", color="white", fontsize=8)
-    estimators.set(xlabel="Hot experts used in the next cycle (%)", title="Who foretells best?")
+        label = f"{row['hot_per_layer']:.1f} hot per layer"
+        box = {"fc": "white", "ec": "none", "alpha": 0.85, "pad": 1.5}
+        estimators.text(2, i, label, va="center", fontsize=8, bbox=box)
+    estimators.set(xlabel="Hot experts used in the next cycle (%)", xlim=(0, 75))
+    estimators.set_title("Who foretells best? (hatched: the control)")
     _plot_times(times, report["timed"])
     found = [row for row in report["balancer"]["rows"] if row.get("allowed", 1) == 1]
     names = [str(row["threshold"]) for row in found]
-    balancer.bar(names, [row["slowest_us"] for row in found], color="#9ecae1")
+    balancer.bar(names, [row["slowest_us"] for row in found], color=SKY)
     balancer.set(xlabel="Threshold", ylabel="Predicted time of a layer (us)")
     balancer.set_title("Balancer against fixed thresholds")
-    for model, colour in (("target", "#3182bd"), ("draft", "#e6550d")):
+    for model, (colour, marker) in zip(("target", "draft"), LOOKS, strict=False):
         own = [row for row in report["drift"] if row["model"] == model]
         layers = [row["layer"] for row in own]
         for key, style, name in (
-            ("correlation_with_input", "o-", "layer 0's input"),
-            ("correlation_with_own_layer", "o:", "its own layer's input"),
+            ("correlation_with_input", "-", "layer 0's input"),
+            ("correlation_with_own_layer", ":", "its own layer's input"),
         ):
-            theorem.plot(
-                layers, [r[key] for r in own], style, color=colour, label=f"{model}, {name}"
-            )
+            look = {"color": colour, "marker": marker, "label": f"{model}, {name}"}
+            theorem.plot(layers, [r[key] for r in own], style, **look)
+    theorem.axhline(0, color="black", lw=0.6)
     theorem.set(
         xlabel="Layer", ylabel="Correlation", title="Drift of gate scores against that of inputs"
     )
@@ -310,16 +316,17 @@ def plot(report: dict[str, Any], path: pathlib.Path) -> None:
 
 
 def _plot_times(axis: Any, rows: list[dict]) -> None:
-    for name in dict.fromkeys(row["name"] for row in rows):
+    names = dict.fromkeys(row["name"] for row in rows)
+    for name, (colour, marker) in zip(names, LOOKS, strict=False):
         own = [r for r in rows if (r["name"], r["temperature"]) == (name, TEMPERATURE)]
         own = [r for r in own if (r["cap"], r["threshold"]) == (CAP, 1)]
         own.sort(key=lambda row: row["slots"])
         places = [100 * row["slots"] / 192 for row in own]
         spread = [row["tpot_ms_spread"] / 2 for row in own]
-        axis.errorbar(places, [row["tpot_ms"] for row in own], spread, marker="o", label=name)
-    axis.set(
-        xlabel="Resident experts (%)", ylabel="Time per token (ms)", title="Paced link, batch 1"
-    )
+        look = {"marker": marker, "color": colour, "capsize": 3, "label": name}
+        axis.errorbar(places, [row["tpot_ms"] for row in own], spread, **look)
+    axis.set(xlabel="Resident experts (%)", ylabel="TPOT (ms)")
+    axis.set_title("Time per output token, paced link, batch 1")
     axis.set(xlim=(0, 60), ylim=(0, None))
     axis.legend(frameon=False, fontsize=8)
 

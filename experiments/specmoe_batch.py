@@ -40,6 +40,7 @@ from moejax.policies.drafting import GatedBias, RandomResident, SkipMissing
 from moejax.policies.pinning import RULES
 from moejax.policies.policy import Policy, policy
 from moejax.policies.speculation import SelfDraft
+from moejax.reports.plots import LOOKS
 
 QUICK = {"windows": 2, "tokens": 512, "profile": 2, "new": 8, "rounds": 1, "batches": [1, 16]}
 FULL = {"windows": 32, "tokens": 512, "profile": 8, "new": 24, "rounds": 2}
@@ -359,50 +360,55 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def plot(report: dict[str, Any], path: pathlib.Path) -> None:
     """Tokens per second and bytes per token over batch, and the simulated growth."""
-    figure, axes = common.figure(1, 3, (14, 5.6))
-    colours = (
-        "#7f7f7f",
-        "#9467bd",
-        "#31a354",
-        "#e6a500",
-        "#fdae6b",
-        "#e6550d",
-        "#222222",
-        "#3182bd",
-    )
-    for name, colour in zip((*SYSTEMS, OVERLAP), colours, strict=True):
-        for kind, style in (("one domain", "o-"), ("mixed", "s:")):
-            own = [r for r in report["rows"] if (r["name"], r["prompts"]) == (name, kind)]
-            batches = [row["batch"] for row in own]
-            label = name if kind == "one domain" else None
-            rates, moved = ([r[k] for r in own] for k in ("tokens_per_second", "bytes_per_token"))
-            look = {"color": colour, "ms": 4, "label": label, "lw": 4 if name == "lru" else 1.5}
-            axes[0].plot(batches, rates, style, **look)
-            if name not in ("all resident", OVERLAP):
-                moved = [value / 1e6 for value in moved]
-                axes[1].plot(batches, moved, style, **look)
-    axes[0].set(title="Throughput", ylabel="Tokens per second")
-    axes[1].set(title="Expert bytes", ylabel="Megabytes moved per token")
-    table = report["growth"]["moved_per_layer"]
-    for name, colour in zip(PAPER["growth"], ("#7f7f7f", "#e6a500", "#e6550d"), strict=True):
-        found = [row[name] / table[1][name] for row in table.values()]
-        axes[2].plot([*table], found, "o-", color=colour, ms=4, label=name)
-        axes[2].plot(256, PAPER["growth"][name], "D", color=colour, mfc="none", ms=8)
-    axes[2].plot([], [], "kD", mfc="none", label="paper (NLLB-MoE)")
-    axes[2].set(
-        title="Simulated, 128 experts, top-2", ylabel="Bytes per step over those of batch 1"
-    )
-    axes[1].plot([], [], "ks:", ms=4, label="all domains in a batch")
-    axes[1].plot([], [], "ko-", ms=4, label="one domain in a batch")
-    for axis in axes:
-        scale = "linear" if axis is axes[1] else "log"
-        axis.set(xscale="log", yscale=scale, xlabel="Batch")
+    figure, axes = common.figure(2, 3, (14, 8.4))
+    kinds = {"one domain": "one domain in a batch", "mixed": "all domains in a batch"}
+    for (kind, title), (rates, moved) in zip(kinds.items(), axes.T[:2], strict=True):
+        _plot_systems(rates, moved, [row for row in report["rows"] if row["prompts"] == kind])
+        rates.set(title=f"Throughput, {title}", ylabel="Tokens per second", yscale="log")
+        moved.set(title=f"Expert bytes, {title}", ylabel="Moved per token (MB)", ylim=(0, None))
+    for shared in axes[:, :2]:
+        most = max(axis.get_ylim()[1] for axis in shared)
+        least = min(axis.get_ylim()[0] for axis in shared)
+        for axis in shared:
+            axis.set_ylim(least, most)
+    table = report["growth"]["moved_per_layer"]  # its keys are text where it was read from JSON
+    _plot_growth(axes[0, 2], {int(batch): row for batch, row in table.items()})
+    for axis in axes.flat[:5]:
+        axis.set(xscale="log", xlabel="Batch")
         axis.set_xticks(FULL["batches"], FULL["batches"])
         axis.minorticks_off()
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
+    axes[1, 2].axis("off")
+    axes[1, 2].legend(*axes[0, 0].get_legend_handles_labels(), loc="center left", frameon=False)
     common.save(figure, path)
+
+
+def _plot_systems(rates: Any, moved: Any, rows: list[dict]) -> None:
+    """Tokens per second and megabytes per token over the batch; a broad line lies below others."""
+    for name, (colour, marker) in zip((*SYSTEMS, OVERLAP), LOOKS, strict=True):
+        own = [row for row in rows if row["name"] == name]
+        batches = [row["batch"] for row in own]
+        broad, measured = name == "lru", name != OVERLAP
+        look = {"color": colour, "marker": marker, "ms": 9 if broad else 5, "label": name}
+        look |= {"lw": 5 if broad else 1.5, "ls": "-" if measured else "--"}
+        rates.plot(batches, [row["tokens_per_second"] for row in own], **look)
+        if measured and name != "all resident":
+            moved.plot(batches, [row["bytes_per_token"] / 1e6 for row in own], **look)
+
+
+def _plot_growth(axis: Any, table: dict[int, dict[str, float]]) -> None:
+    """The simulated growth with the batch, in the looks of the same systems, and the paper's."""
+    looks = dict(zip(SYSTEMS, LOOKS, strict=False)) | {"on-demand": LOOKS[0]}
+    for name in PAPER["growth"]:
+        found = [row[name] / table[1][name] for row in table.values()]
+        colour, marker = looks[name]
+        axis.plot([*table], found, color=colour, marker=marker, ms=6, label=name)
+        axis.plot(256, PAPER["growth"][name], marker, color=colour, mfc="none", ms=12)
+    axis.plot([], [], "ko", mfc="none", ms=12, label="paper (NLLB-MoE)")
+    axis.set(title="Growth of bytes, simulated, 128 experts, top-2", yscale="log")
+    axis.set(ylabel="Bytes per step over those of batch 1")
+    axis.legend(frameon=False, loc="upper left")
 
 
 def main() -> None:

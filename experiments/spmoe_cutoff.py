@@ -50,6 +50,7 @@ from moejax.cycles import Cycles
 from moejax.policies.foresight import DraftRouting, Glimpse
 from moejax.policies.policy import Policy, policy
 from moejax.policies.prediction import LastLayer
+from moejax.reports.plots import LOOKS
 from moejax.sampling import Sampling
 from moejax.speculate import Target
 from moejax.state import pytree
@@ -376,13 +377,13 @@ def plot(report: dict[str, Any], path: Any) -> None:
     for axis in np.ravel(axes)[len(panels) :]:
         axis.set_visible(False)
     for axis, (title, curves) in zip(np.ravel(axes), panels.items(), strict=False):
-        for row, colour in zip(curves, ("#3182bd", "#e6550d", "#31a354", "#756bb1"), strict=False):
-            draw(axis, row, colour)
+        for row, look in zip(curves, LOOKS, strict=False):
+            draw(axis, row, *look)
         for style, label in (
             *(("k-", "measured (engine) or simulated"), ("k--", "latency model")),
-            *(("k*", "best L"), ("kv", "L* of the model")),
+            *(("k*", "best L"), ("ko", "L* of the model")),
         ):
-            axis.plot([], [], style, mfc="none", label=label)
+            axis.plot([], [], style, ms=11, mfc="none", label=label)
         axis.set(title=title, xlabel="Last layer prefetched, L (-1 = none)")
         axis.set(ylabel="TPOT relative to no prefetch")
         low, high = axis.get_ylim()
@@ -393,16 +394,17 @@ def plot(report: dict[str, Any], path: Any) -> None:
     common.save(figure, path)
 
 
-def draw(axis: Any, row: dict[str, Any], colour: str) -> None:
+def draw(axis: Any, row: dict[str, Any], colour: str, marker: str) -> None:
     """A curve, its model, and where both have their least."""
     own, start = np.array(row["tpot_ms"]) / row["tpot_ms"][0], row["tpot_ms"][0]
     model = np.array(row["model_tpot_ms"])
     name = row["link"] + " link" if "link" in row else f"right: {row['quality']}"
-    axis.plot(row["cutoffs"], own, ".-", color=colour, label=f"{name} ({start:.3g} ms at -1)")
+    look = {"color": colour, "marker": marker, "ms": 5, "markevery": max(1, len(own) // 8)}
+    axis.plot(row["cutoffs"], own, label=f"{name} ({start:.3g} ms at -1)", **look)
     axis.plot(row["cutoffs"], model / model[0], "--", color=colour)
-    axis.plot(row["best_cutoff"], own.min(), "*", ms=11, color=colour)
+    axis.plot(row["best_cutoff"], own.min(), "*", ms=15, color=colour, mec="white")
     chosen = row["tpot_ms_at_model"] / start
-    axis.plot(row["best_cutoff_model"], chosen, "v", ms=8, mfc="none", color=colour)
+    axis.plot(row["best_cutoff_model"], chosen, "o", ms=17, mew=1.8, mfc="none", color=colour)
 
 
 def main() -> None:
