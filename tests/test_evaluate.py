@@ -780,6 +780,15 @@ def test_scores_agree_with_lm_evals_own_backend():
     )
 
 
+def test_a_lossy_policy_that_drafts_is_not_scored_token_by_token(tiny):
+    runtime = moejax.load("tiny", slots=76, virtual=True, policy="auto-lossy:gamma=2", context=64)
+    with pytest.raises(PolicyError, match="gamma=0"):
+        Scorer(runtime).loglikelihood([("The old", " house")])
+    exact = moejax.load("tiny", slots=76, virtual=True, policy="auto:gamma=2", context=64)
+    (found,) = Scorer(exact).loglikelihood([("The old", " house")])
+    assert found.logprob < 0
+
+
 def test_a_policy_that_does_not_exist_is_refused(tiny):
     with pytest.raises(PolicyError):
         with_policy(tiny, "nope")

@@ -10,7 +10,7 @@ import numpy as np
 
 from moejax import decode
 from moejax.drawn import NONFINITE
-from moejax.errors import InputError, NonFiniteError
+from moejax.errors import InputError, NonFiniteError, PolicyError
 from moejax.models.transformer import Decoder
 from moejax.policies.policy import Policy, policy
 from moejax.sampling import divergence
@@ -53,11 +53,17 @@ def score(runtime: Any, sequences: list[np.ndarray], *, in_steps: bool) -> list[
         InputError: a sequence that is empty, too long or has ids out of range; steps of a model
             without experts, or of a runtime that is not virtual.
         NonFiniteError: NaN or infinity in the logits.
+        PolicyError: steps of a lossy policy that drafts: its passes are others.
     """
     vocabulary = runtime.config.vocab_size
     rows = [decode.token_ids(row, vocabulary) for row in sequences]
     if in_steps and (runtime.policy is None or not runtime.virtual):
         raise InputError("steps are scored with the weights of experts in place: set virtual=True")
+    if in_steps and runtime.policy.speculation.max_length and not runtime.policy.exact:
+        raise PolicyError(
+            "text is scored token by token, which is not what a lossy policy that drafts does: "
+            "give it gamma=0, or measure it with moejax.loss"
+        )
     if not rows or not all(0 < len(row) <= runtime.context for row in rows):
         raise InputError(
             f"sequences must have 1 to {runtime.context} tokens: raise --context (context)"
