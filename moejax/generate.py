@@ -172,6 +172,9 @@ class _Run:
         self.sampling, self.policy = jax.device_put((sampling, engine.policy))
         self.key, self.seen, self.top = key, seen, top
         self.costs = Costs(engine.policy, engine.link)
+        drafts = engine.policy is not None and engine.policy.speculation.max_length
+        if drafts and stats.label != "lossy" and np.any(np.asarray(sampling.temperature) > 0):
+            stats.label = "in distribution"
         self.drift = engine.drift and Drift(engine.drift, engine.policy)
         stats.drift = self.drift and self.drift.stats
         self.before = self.link.moved() if self.link else 0

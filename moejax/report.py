@@ -5,6 +5,8 @@ from typing import Any
 from moejax.terminal import Terminal
 from moejax.units import format_bytes
 
+SELDOM = 0.05  # share of cycles drafted, below which times say nothing about drafts
+
 
 def stats_document(runtime: Any) -> dict[str, Any]:
     """What a run cost, and under which budget."""
@@ -59,9 +61,10 @@ def drafts_in_words(
         return f"{per_cycle:.2f} tokens per cycle, nothing was drafted"
     drafted = f"{acceptance:.0%} of drafts accepted, {share:.0%} of cycles drafted"
     said = f"{per_cycle:.2f} tokens per cycle, {drafted}"
-    if plain_ms is None:
+    if plain_ms is None or share < SELDOM:
         return said
-    return f"{said}; {ms / plain_ms:.2f}x a plain step's time per token ({plain_ms:.2f} ms)"
+    slower = "slower than" if ms > plain_ms else "faster than"
+    return f"{said}; {slower} plain steps ({ms:.2f} against {plain_ms:.2f} ms per token)"
 
 
 def _drafts(stats: Any, plain_ms: float | None) -> list[tuple[str, str]]:
@@ -154,5 +157,7 @@ def _label(stats: Any, quant: str | None) -> str:
     return {
         "bit-exact": f"bit-exact: the bits of the fully resident run{of}",
         "faithful": "faithful: the model's own routing and experts",
+        "in distribution": f"in distribution: tokens drawn as from the fully resident run{of}, "
+        "not the same ones (at temperature 0 they are)",
         "lossy": f"lossy: the model's own picks lost {each:.3g} of router weight per decode step",
     }[stats.label]

@@ -128,7 +128,8 @@ class Stats:
     link_bytes: int | None = None  # read or begun by the link since the run began, if there is one
     prefill_link_bytes: int = 0  # of those
     virtual: bool = False  # weights are read in place: nothing is copied
-    label: str = "bit-exact"  # or "faithful" (same routing, other rounding) or "lossy"
+    # or "faithful" (same routing, other rounding), "in distribution" (drafted and sampled), "lossy"
+    label: str = "bit-exact"
     ttft: float | None = None
     decode_seconds: float = 0.0
 

@@ -73,7 +73,7 @@ MinP = Annotated[float | None, typer.Option(help="Drop tokens below this share o
 Penalty = Annotated[
     float | None, typer.Option("--repetition-penalty", help="Above 1 avoids tokens already seen.")
 ]
-Seed = Annotated[int, typer.Option(help="Same seed, same text.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same text, but with drafts.")]
 Stop = Annotated[list[str], typer.Option(help="End at this text; may be given several times.")]
 Context = Annotated[int | None, typer.Option(help="Tokens per sequence that the KV cache holds.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.")]

@@ -61,8 +61,8 @@ def score(runtime: Any, sequences: list[np.ndarray], *, in_steps: bool) -> list[
         raise InputError("steps are scored with the weights of experts in place: set virtual=True")
     if in_steps and runtime.policy.speculation.max_length and not runtime.policy.exact:
         raise PolicyError(
-            "text is scored token by token, which is not what a lossy policy that drafts does: "
-            "give it gamma=0, or measure it with moejax.loss"
+            "a lossy policy that drafts cannot be scored: text is fed token by token, and its "
+            "passes are longer; give it gamma=0, or measure it with moejax.loss.measure"
         )
     if not rows or not all(0 < len(row) <= runtime.context for row in rows):
         raise InputError(
