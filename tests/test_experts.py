@@ -219,6 +219,8 @@ def test_too_few_slots_are_refused():
 
 
 def test_unknown_policies_are_refused_by_name():
+    with pytest.raises(PolicyError, match="'auto lossy' .did you mean 'auto-lossy'"):
+        policy("auto lossy")
     with pytest.raises(PolicyError, match="unknown policy 'nope'; known: .*lru"):
         policy("nope")
     assert "lru" in policy_names()

@@ -474,3 +474,12 @@ def test_the_suite_finds_what_has_a_quick_form():
     assert {"residency", "smoe_ablation", "plan_check", "eval_policies"} <= set(names)
     left_out = {"suite", "tables", "gpu_suite", "train_tiny", "peers_cpu", "plan_machine"}
     assert not left_out & set(names)
+
+
+def test_a_report_without_matplotlib_has_its_tables(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    made = {"written": [], "left_out": {}}
+    record = json.loads((ROOT / "experiments/results/residency.json").read_text())
+    report_commands._write_folder(tmp_path / "out", {"residency": record}, made)
+    assert "matplotlib" in made["left_out"]["residency"]
+    assert "| 40.0% | 76 |" in (tmp_path / "out" / "report.md").read_text()

@@ -120,11 +120,7 @@ def _write_folder(out: pathlib.Path, records: dict[str, dict], made: dict[str, A
 
 
 def draw(name: str, record: dict[str, Any], path: pathlib.Path) -> str | None:
-    """Draw a record by the package or by its experiment; why not, None if it was drawn.
-
-    Raises:
-        InputError: matplotlib is missing.
-    """
+    """Draw a record by the package or by its experiment; why not, None if it was drawn."""
     from moejax.reports import plots
 
     beside = path.with_name(f".{path.stem}.part.png")
@@ -140,6 +136,8 @@ def draw(name: str, record: dict[str, Any], path: pathlib.Path) -> str | None:
         else:
             return "no figure is known for it here"
         beside.replace(path)
+    except InputError as error:  # matplotlib is missing: tables need none
+        return str(error)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         return f"it lacks what its figure shows: {error!r}"
     finally:

@@ -1,6 +1,7 @@
 """A Policy bundles a router, an evictor, a placement and their numbers; presets have names."""
 
 import dataclasses
+import difflib
 import importlib.metadata
 
 import jax
@@ -115,7 +116,10 @@ def policy(name: str | Policy) -> Policy:
             if not isinstance(made, Policy):
                 raise PolicyError(f"policy {name!r} ({entry.value}) does not make a moejax.Policy")
             return _runnable(made)
-    raise PolicyError(f"unknown policy {name!r}; known: {', '.join(policy_names())}")
+    known = policy_names()
+    near = difflib.get_close_matches(name.replace(" ", "-"), known, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise PolicyError(f"unknown policy {name!r}{hint}; known: {', '.join(known)}")
 
 
 PARTS = {
