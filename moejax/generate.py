@@ -173,7 +173,7 @@ class _Run:
         self.key, self.seen, self.top = key, seen, top
         self.costs = Costs(engine.policy, engine.link)
         drafts = engine.policy is not None and engine.policy.speculation.max_length
-        if drafts and stats.label != "lossy" and np.any(np.asarray(sampling.temperature) > 0):
+        if drafts and stats.label == "bit-exact" and np.any(np.asarray(sampling.temperature) > 0):
             stats.label = "in distribution"
         self.drift = engine.drift and Drift(engine.drift, engine.policy)
         stats.drift = self.drift and self.drift.stats

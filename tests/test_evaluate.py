@@ -601,6 +601,17 @@ def test_tokens_of_an_item_count_for_as_much_as_items_differ():
     assert narrow - 1e-9 <= found[1] - found[0] <= wide  # as tokens that are independent
     lumped = row_of_flips([100] + [0] * 19, tokens)["tokens_flipped"]["interval"]
     assert lumped == pytest.approx(list(eval_compare.wilson(0.05, 20)))  # an item is all one kind
+    single = row_of_flips([25], [500])["tokens_flipped"]["interval"]
+    assert single == pytest.approx(list(eval_compare.wilson(0.05, 1)))  # which tells of no spread
+
+
+def test_a_share_that_rounds_beyond_all_of_an_item_is_all_of_it():
+    task = Task("made", (Item(id="0"), Item(id="1")))
+    results = graded([1.0 + 2**-52, 1.0], "acc,none")
+    row = eval_compare.compared(task, results, results)
+    assert row["acc,none"]["value"] == 1.0 and row["acc,none"]["interval"][1] == 1.0
+    with pytest.raises(InputError, match="share of items"):
+        eval_compare.compared(task, graded([1.001, 1.0], "acc,none"), results)
 
 
 def test_changes_of_shares_hold_what_they_are_about():

@@ -192,6 +192,10 @@ def test_traces_are_joined_under_what_they_have_alike():
     assert "policy_parts" not in both.about and both.about["capacity"] == SLOTS
     assert told(concatenated([one, one]), "lookup:gamma=1") == "exact"
     assert told(both, "lookup:gamma=1") == WINDOWS
+    exact, lossy = (dataclasses.replace(one, about={"exact": said}) for said in (True, False))
+    for parts in ([exact, lossy], [lossy, exact], [dataclasses.replace(one, about={}), lossy]):
+        assert concatenated(parts).replaced
+    assert not concatenated([exact, exact]).replaced
 
 
 WRONG = {

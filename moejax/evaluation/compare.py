@@ -189,16 +189,18 @@ def _share(name: str, values: Sequence[float], weights: Sequence[float]) -> dict
 
     Its observations are then worth as many as have the spread that is seen between items: all of
     them at most, and at least what is left if each item were of one kind, which is also what is
-    taken where nothing or everything is of the kind that is counted.
+    taken where nothing or everything is of the kind that is counted, and of a single item.
     """
     values, weights = np.asarray(values, float), np.asarray(weights, float)
     n, whole = len(values), weights.sum()
-    if not ((values >= 0) & (values <= weights)).all():
+    within = np.clip(values, 0, weights)
+    if not np.allclose(values, within, rtol=0, atol=1e-9):  # a sum of shares may round beyond 1
         raise InputError(f"{name} is a share of items, but some are below 0 or above 1")
+    values = within
     share = values.sum() / whole
     least = whole**2 / (weights**2).sum()
     spread = ((values - share * weights) ** 2).sum() * n / max(n - 1, 1) / whole**2
-    varies = share * (1 - share)
+    varies = share * (1 - share) if n > 1 else 0.0
     worth = np.clip(varies / spread if spread else whole, least, whole) if varies else least
     return _figure(share, wilson(share, worth), n)
 

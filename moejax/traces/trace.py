@@ -211,7 +211,7 @@ def concatenated(traces: Sequence[Trace], about: dict[str, Any] | None = None) -
     """Traces of one model one after the other; sequences and passes are numbered on.
 
     Args:
-        about: of the whole; by default what all traces have alike.
+        about: of the whole; by default what all traces have alike, and that one was not exact.
 
     Raises:
         InputError: none, or traces that differ in model, sizes or columns.
@@ -241,13 +241,14 @@ def concatenated(traces: Sequence[Trace], about: dict[str, Any] | None = None) -
 
 
 def _alike(abouts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The entries that all have, with one value."""
+    """The entries that all have, with one value; not exact where one is not."""
     first, *others = abouts
-    return {
+    found = {
         name: value
         for name, value in first.items()
         if all(name in about and about[name] == value for about in others)
     }
+    return found | ({"exact": False} if any(a.get("exact") is False for a in abouts) else {})
 
 
 def _joined_reads(traces: Sequence[Trace], passes: Sequence[int]) -> dict[str, np.ndarray]:
