@@ -180,6 +180,7 @@ def _through_python(layout: RecordLayout, *operands: jax.Array) -> tuple[jax.Arr
 def _called(layout: RecordLayout, *operands: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     """The callback. It must call nothing of JAX, which may wait for this one, and not raise."""
     handle, index, picks, x = (np.asarray(operand, order="C") for operand in operands)
+    x = x.astype(np.float32, copy=False)  # whose address is given away
     y = np.full((*picks.shape, x.shape[1]), np.nan, np.float32)
     native = _native()
     if native is not None:

@@ -233,15 +233,15 @@ class _Run:
             looked = self.drift is not None and self.drift.due()
             try:
                 made = loop.step(active, room, looked=looked)
+                places = [*tokens_of(made, ~active, room, stop_ids)]
+                stats.add_cycle(made, active, loop.drafted, len(places))
+                if (made.bad & active).any():
+                    raise NonFiniteError(NONFINITE)
                 if looked:
                     self._probe_cycle(loop, active)
             except LinkError as error:
                 why = self.link.last_error() if self.link else str(error)
                 raise LinkError(f"expert records did not arrive: {why}") from None
-            places = [*tokens_of(made, ~active, room, stop_ids)]
-            stats.add_cycle(made, active, loop.drafted, len(places))
-            if (made.bad & active).any():
-                raise NonFiniteError(NONFINITE)
             seconds = time.perf_counter() - begun
             loop.learn(made, seconds)
             learned = self._learned(loop.target.policy, seconds)

@@ -5,6 +5,7 @@ from typing import Any
 from moejax.terminal import Terminal
 from moejax.units import format_bytes
 
+NOISE = 0.05  # of times
 SELDOM = 0.05  # share of cycles drafted, below which times say nothing about drafts
 
 
@@ -64,6 +65,7 @@ def drafts_in_words(
     if plain_ms is None or share < SELDOM:
         return said
     slower = "slower than" if ms > plain_ms else "faster than"
+    slower = "as fast as" if abs(ms / plain_ms - 1) < NOISE else slower
     return f"{said}; {slower} plain steps ({ms:.2f} against {plain_ms:.2f} ms per token)"
 
 

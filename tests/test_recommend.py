@@ -238,7 +238,7 @@ def test_what_cannot_run_is_not_proposed_and_said_so():
     gpu = make(tiny(device_memory=9 << 20), machine("rtx-4090"))
     disk = make(tiny(host_memory=12 << 20), SERVER)
     assert (gpu.tier, disk.tier) == ("link", "disk")
-    for plan, why in ((gpu, "on the host of a GPU"), (disk, "the disk has no copy")):
+    for plan, why in ((gpu, "beside a GPU"), (disk, "the disk has no copy")):
         assert (plan.policy, plan.hosted) == (OFFLOADED, False)
         assert any(why in note for note in plan.notes)
         assert any("no drafts" in note for note in plan.notes)

@@ -24,6 +24,11 @@ LINK = {"slots": 96, "context": 128, "link": "paced:1,0,30"}
             "plain steps (2.00 against 4.00 ms per token)",
         ),
         (
+            (2.5, 0.75, 1.0, 4.1, 4.0),
+            "2.50 tokens per cycle, 75% of drafts accepted, 100% of cycles drafted; as fast as "
+            "plain steps (4.10 against 4.00 ms per token)",
+        ),
+        (
             (1.01, 0.5, 0.02, 5.0, 4.0),
             "1.01 tokens per cycle, 50% of drafts accepted, 2% of cycles drafted",
         ),
@@ -59,11 +64,9 @@ def test_auto_gives_its_account_of_plain_steps():
     assert min(times) <= plain <= max(times)
     rows = dict(report.stats_rows(runtime))
     ms = stats.tpot * 1e3
-    said = (
-        f"{'slower' if ms > plain else 'faster'} than plain steps ({ms:.2f} against {plain:.2f} ms"
-    )
+    said = f" plain steps ({ms:.2f} against {plain:.2f} ms"
     often = document["drafted_share"] >= report.SELDOM
-    assert (said in rows["speculation"]) == often == ("than plain" in rows["speculation"])
+    assert (said in rows["speculation"]) == often == ("plain steps" in rows["speculation"])
     fixed = moejax.load("tiny", policy="lookup:gamma=2", **LINK)
     fixed.generate([[1, 2, 3] * 4], 8, {"temperature": 0.0})
     assert report.stats_document(fixed)["plain_step_ms"] is None

@@ -60,7 +60,9 @@ def recommended(
             OFFLOADED, FETCHES, against=(no_split, "no drafts: none were recorded over a disk")
         )
     if machine.kind == "gpu":
-        no_split = f"no split of misses: {costs}, but nothing is computed on the host of a GPU yet"
+        no_split = (
+            f"no split of misses: {costs}, but computing beside a GPU is not confirmed on one yet"
+        )
         return Proposal(
             OFFLOADED, FETCHES, against=(no_split, "no drafts: they do not run on a GPU yet")
         )
