@@ -32,12 +32,16 @@ FLAGS = [
 ]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+BF16 = ["-mavx512bf16", "-mavx512vnni"]  # the first processor with bf16 had both
+AMX = ["-mavx512vbmi", "-mamx-tile", "-mamx-int8"]
 ISAS = {
     "x86_64": {
         "baseline": [],
         "avx2": AVX2,
         "avx512": AVX512,
-        "avx512bf16": [*AVX512, "-mavx512bf16"],
+        "avx512bf16": [*AVX512, *BF16],
+        "amx": [*AVX512, *BF16, *AMX],
+        "amxbf16": [*AVX512, *BF16, *AMX, "-mamx-bf16"],
     },
     "aarch64": {"neon": []},
 }

@@ -3,6 +3,11 @@
 #include <cstring>
 #include <string>
 
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "handlers.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -23,6 +28,12 @@ MOEJAX_DECLARE(avx512)
 #endif
 #if defined(MOEJAX_HAS_avx512bf16)
 MOEJAX_DECLARE(avx512bf16)
+#endif
+#if defined(MOEJAX_HAS_amx)
+MOEJAX_DECLARE(amx)
+#endif
+#if defined(MOEJAX_HAS_amxbf16)
+MOEJAX_DECLARE(amxbf16)
 #endif
 #if defined(MOEJAX_HAS_neon)
 MOEJAX_DECLARE(neon)
@@ -59,7 +70,20 @@ bool has_avx512bf16() {
   // Asked of the processor itself: compilers disagree on the name of this feature.
   unsigned a = 7, b = 0, c = 1, d = 0;
   asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-  return has_avx512() && (a >> 5 & 1);
+  return has_avx512() && __builtin_cpu_supports("avx512vnni") && (a >> 5 & 1);
+}
+
+bool has_amx() {
+#if defined(__linux__)
+  unsigned a = 7, b = 0, c = 0, d = 0;
+  asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  const bool there = has_avx512bf16() && __builtin_cpu_supports("avx512vbmi") && (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1);
+  // The kernel gives the memory for tiles to processes that ask for it.
+  constexpr long kRequest = 0x1023, kTileData = 18;
+  return there && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 #endif
 
@@ -79,6 +103,12 @@ const Kernels* find(const char* name) {
 #endif
 #if defined(MOEJAX_HAS_avx512bf16)
       {&avx512bf16::kTable, has_avx512bf16()},
+#endif
+#if defined(MOEJAX_HAS_amxbf16)
+      {&amxbf16::kTable, has_amx()},  // slower than the next for single tokens
+#endif
+#if defined(MOEJAX_HAS_amx)
+      {&amx::kTable, has_amx()},
 #endif
 #if defined(MOEJAX_HAS_neon)
       {&neon::kTable, true},

@@ -51,7 +51,7 @@ std::string plan(const uint8_t* source, int64_t records, int64_t stride, const i
 
 // Multiplies rows [row0, row1) by the activation rows from(m) of a group, into to(m)[row].
 template <class From, class To>
-void multiply(const Kernels& k, const Matrix& matrix, bool round, int64_t row0, int64_t row1,
+void multiply(const Kernels& k, const Matrix& matrix, Packing packing, int64_t row0, int64_t row1,
               int64_t count, const From& from, const To& to) {
   const void* x[kBlockRows];
   float* y[kBlockRows];
@@ -59,7 +59,7 @@ void multiply(const Kernels& k, const Matrix& matrix, bool round, int64_t row0, 
     x[m] = from(m);
     y[m] = to(m);
   }
-  k.multiply(matrix, round, row0, row1, x, count, y);
+  k.multiply(matrix, packing, row0, row1, x, count, y);
 }
 
 class Call {
@@ -67,18 +67,18 @@ class Call {
   Call(const Kernels& kernels, const Plan& plan, int64_t width, int64_t expert_width,
        int64_t top_k, Format format, int64_t gate_up_offset, int64_t down_offset)
       : k_(kernels), plan_(plan), width_(width), hidden_(expert_width), top_k_(top_k),
-        format_(format), round_(format == kBfloat16), gate_up_offset_(gate_up_offset),
+        format_(format), gate_up_offset_(gate_up_offset),
         down_offset_(down_offset) {}
 
   template <class Pool>
   void run(Pool& pool, const float* x, int64_t tokens, float* y) {
     const int64_t total = static_cast<int64_t>(plan_.picks.size());
     if (!total) return;
-    x_stride_ = k_.packed_bytes(width_, round_);
-    h_stride_ = k_.packed_bytes(hidden_, round_);
-    x_ = scratch(tokens * x_stride_);
-    h_ = scratch(total * h_stride_);
-    pack_rows(pool, k_, x, tokens, width_, round_, x_.get());
+    x_ = Packed(k_, tokens, width_, format_);
+    h_ = Packed(k_, total, hidden_, format_);
+    hidden_rows_ = scratch(total * hidden_ * 4);
+    auto* h = reinterpret_cast<float*>(hidden_rows_.get());
+    pack_rows(pool, k_, x, tokens, width_, x_.packing, x_.rows.get());
     const int64_t groups = static_cast<int64_t>(plan_.groups.size());
     const Matrix gate_up{nullptr, 2 * hidden_, width_, format_};
     const Matrix down{nullptr, width_, hidden_, format_};
@@ -88,8 +88,9 @@ class Call {
     const Matrix gate{nullptr, hidden_, width_, format_};
     const auto ups = cut(gate, groups, 1, threads, kMaxHidden);
     parallel_for(pool, static_cast<int64_t>(ups.size()), small, [&](int64_t i) {
-      up(plan_.groups[ups[i].matrix], ups[i].row0, ups[i].row1);
+      up(plan_.groups[ups[i].matrix], ups[i].row0, ups[i].row1, h);
     });
+    pack_rows(pool, k_, h, total, hidden_, h_.packing, h_.rows.get());
     const auto downs = cut(down, groups, 1, threads, width_);
     parallel_for(pool, static_cast<int64_t>(downs.size()), small, [&](int64_t i) {
       lower(plan_.groups[downs[i].matrix], downs[i].row0, downs[i].row1, y);
@@ -99,24 +100,31 @@ class Call {
  private:
   static constexpr int64_t kMaxHidden = 128;
 
+  struct Packed {
+    Packing packing = kFloats;
+    int64_t stride = 0;
+    Scratch rows;
+
+    Packed() = default;
+    Packed(const Kernels& k, int64_t count, int64_t cols, Format format)
+        : packing(k.packing(format, cols, true)), stride(k.packed_bytes(cols, packing)),
+          rows(scratch(count * stride)) {}
+  };
+
   // Hidden values [f0, f1) of one expert's picks.
-  void up(const Group& group, int64_t f0, int64_t f1) {
-    const int64_t width = f1 - f0;
+  void up(const Group& group, int64_t f0, int64_t f1, float* h) {
     const Matrix matrix{group.record + gate_up_offset_, 2 * hidden_, width_, format_};
-    float gate[kBlockRows][kMaxHidden], up[kBlockRows][kMaxHidden], h[kMaxHidden];
+    float gate[kBlockRows][kMaxHidden], up[kBlockRows][kMaxHidden];
     for (int64_t at = 0; at < group.count; at += kBlockRows) {
       const int64_t first = group.first + at, some = std::min(kBlockRows, group.count - at);
       auto token = [&](int64_t m) {
-        return x_.get() + plan_.picks[first + m] / top_k_ * x_stride_;
+        return x_.rows.get() + plan_.picks[first + m] / top_k_ * x_.stride;
       };
-      multiply(k_, matrix, round_, f0, f1, some, token, [&](int64_t m) { return gate[m] - f0; });
-      multiply(k_, matrix, round_, hidden_ + f0, hidden_ + f1, some, token,
+      multiply(k_, matrix, x_.packing, f0, f1, some, token, [&](int64_t m) { return gate[m] - f0; });
+      multiply(k_, matrix, x_.packing, hidden_ + f0, hidden_ + f1, some, token,
                [&](int64_t m) { return up[m] - hidden_ - f0; });
       for (int64_t m = 0; m < some; ++m) {
-        uint8_t* row = h_.get() + (first + m) * h_stride_;
-        k_.swiglu(gate[m], up[m], width, h);
-        k_.pack(h, width, round_, row, f0);
-        if (f1 == hidden_) k_.pad(row, hidden_, round_);
+        k_.swiglu(gate[m], up[m], f1 - f0, h + (first + m) * hidden_ + f0);
       }
     }
   }
@@ -126,9 +134,9 @@ class Call {
     const Matrix matrix{group.record + down_offset_, width_, hidden_, format_};
     for (int64_t at = 0; at < group.count; at += kBlockRows) {
       const int64_t first = group.first + at, some = std::min(kBlockRows, group.count - at);
-      auto hidden = [&](int64_t m) { return h_.get() + (first + m) * h_stride_; };
+      auto hidden = [&](int64_t m) { return h_.rows.get() + (first + m) * h_.stride; };
       auto result = [&](int64_t m) { return y + plan_.picks[first + m] * width_; };
-      multiply(k_, matrix, round_, d0, d1, some, hidden, result);
+      multiply(k_, matrix, h_.packing, d0, d1, some, hidden, result);
     }
   }
 
@@ -136,10 +144,9 @@ class Call {
   const Plan& plan_;
   int64_t width_, hidden_, top_k_;
   Format format_;
-  bool round_;
   int64_t gate_up_offset_, down_offset_;
-  int64_t x_stride_ = 0, h_stride_ = 0;
-  Scratch x_, h_;
+  Packed x_, h_;
+  Scratch hidden_rows_;
 };
 
 }  // namespace

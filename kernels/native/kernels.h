@@ -66,15 +66,18 @@ struct Attention {
   float* out;                        // [heads, value_dim]
 };
 
+// How activations are packed, once per call: f32, rounded to bf16 in the type that the instruction
+// set multiplies, or in fixed point for int8 and for int4 (fixed.h).
+enum Packing : int32_t { kFloats, kRounded, kFixed, kFixedGroups };
+
 struct Kernels {
   const char* name;
-  // Activations are packed once per call: f32, or bf16-rounded (`round`) in the type that the
-  // instruction set multiplies. A packed row is zero-padded to its stride.
-  int64_t (*packed_bytes)(int64_t cols, bool round);
-  void (*pack)(const float* x, int64_t count, bool round, void* row, int64_t at);
-  void (*pad)(void* row, int64_t cols, bool round);
+  // For matrices like this one; `round` asks for bf16.
+  Packing (*packing)(Format format, int64_t cols, bool round);
+  int64_t (*packed_bytes)(int64_t cols, Packing packing);
+  void (*pack)(const float* x, int64_t cols, Packing packing, void* row);
   // y[m][row] for rows [row0, row1) and count <= kBlockRows packed rows x[m].
-  void (*multiply)(const Matrix& matrix, bool round, int64_t row0, int64_t row1,
+  void (*multiply)(const Matrix& matrix, Packing packing, int64_t row0, int64_t row1,
                    const void* const* x, int64_t count, float* const* y);
   void (*swiglu)(const float* gate, const float* up, int64_t count, float* h);
   void (*rms_norm)(const float* x, int64_t rows, int64_t cols, const void* weight, bool bf16,

@@ -30,11 +30,11 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer 
                                        " bytes is too short for its matrix");
   }
   const int64_t count = rows ? static_cast<int64_t>(y->element_count()) / rows : 0;
-  const bool round = round_input && matrix.format == kBfloat16;
   const Kernels& k = kernels();
-  const int64_t packed = k.packed_bytes(cols, round);
+  const Packing packing = k.packing(matrix.format, cols, round_input);
+  const int64_t packed = k.packed_bytes(cols, packing);
   Scratch memory = scratch(count * packed);
-  pack_rows(pool, k, x.typed_data(), count, cols, round, memory.get());
+  pack_rows(pool, k, x.typed_data(), count, cols, packing, memory.get());
   float* out = y->typed_data();
   const auto tasks = cut(matrix, 1, count, pool.num_threads(), rows);
   const bool small = is_small(rows * row_bytes(matrix.format, cols), count);
@@ -48,7 +48,7 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer 
         from[m] = memory.get() + (n + m) * packed;
         to[m] = out + (n + m) * rows;
       }
-      k.multiply(matrix, round, row0, row1, from, some, to);
+      k.multiply(matrix, packing, row0, row1, from, some, to);
     }
   });
   return ffi::Error::Success();

@@ -47,13 +47,12 @@ inline std::vector<Task> cut(const Matrix& matrix, int64_t matrices, int64_t cou
 }
 
 template <class Pool>
-void pack_rows(Pool& pool, const Kernels& k, const float* x, int64_t count, int64_t cols, bool round,
-               uint8_t* packed) {
-  const int64_t stride = k.packed_bytes(cols, round), some = 8;
+void pack_rows(Pool& pool, const Kernels& k, const float* x, int64_t count, int64_t cols,
+               Packing packing, uint8_t* packed) {
+  const int64_t stride = k.packed_bytes(cols, packing), some = 8;
   parallel_for(pool, (count + some - 1) / some, count * cols * 4 < 4 * kSmallBytes, [&](int64_t i) {
     for (int64_t n = i * some; n < std::min(count, (i + 1) * some); ++n) {
-      k.pack(x + n * cols, cols, round, packed + n * stride, 0);
-      k.pad(packed + n * stride, cols, round);
+      k.pack(x + n * cols, cols, packing, packed + n * stride);
     }
   });
 }
