@@ -83,7 +83,10 @@ def build(force: bool = False) -> pathlib.Path:
 
 
 def library() -> ctypes.CDLL | None:
-    """The loaded library with its handlers registered, or None; `status` says why."""
+    """The loaded library with its handlers registered, or None; `status` says why.
+
+    Raises MoejaxError if $MOEJAX_ISA names an instruction set that the machine does not have.
+    """
     return _load()[0]
 
 
@@ -93,6 +96,17 @@ def status() -> str:
     if loaded is None:
         return f"reference path: {text}"
     return f"native kernels: {loaded.moejax_isa().decode()} ({text})"
+
+
+def _choose(loaded: ctypes.CDLL) -> None:
+    """Use the instruction set of $MOEJAX_ISA, if it is set."""
+    name = os.environ.get("MOEJAX_ISA")
+    if not name or loaded.moejax_set_isa(name.encode()):
+        return
+    best = loaded.moejax_isa()
+    here = [isa for isas in ISAS.values() for isa in isas if loaded.moejax_set_isa(isa.encode())]
+    loaded.moejax_set_isa(best)
+    raise MoejaxError(f"MOEJAX_ISA={name}: this machine has kernels for {', '.join(here)}")
 
 
 @functools.cache
@@ -116,6 +130,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, str(error)
     except (OSError, AttributeError, RuntimeError) as error:
         return None, f"the native kernels do not load: {error} (try moejax build-native --force)"
+    _choose(loaded)
     return loaded, str(path)
 
 

@@ -10,6 +10,7 @@ from moejax.kernels.weight import Weight, decode
 from moejax.layout import RecordLayout
 
 MAX_BLOCK = 32  # tokens that share one read of an expert's weights
+FIXED_BITS, MAX_SHIFT = 22, 127  # of activations in fixed point
 
 
 def expert_weights(layout: RecordLayout, record: jax.Array) -> dict[str, jax.Array]:
@@ -42,6 +43,19 @@ def _linear(x: jax.Array, weight: jax.Array, round_input: bool = True) -> jax.Ar
         precision=exact,
         preferred_element_type=jnp.float32,
     )
+
+
+def fixed_point(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Integers n [..., cols] i32 and shifts k [..., 1] i32 of x f32, which is about n / 2**k.
+
+    A row shares its shift, and its integers are at most 2**22. So native kernels take activations
+    that meet int8 or int4 weights where a processor multiplies bytes (AVX-512 VNNI, AMX): the
+    products add up exactly, whatever their order. A row that is not finite stays as it is.
+    """
+    top = jnp.abs(x).max(axis=-1, keepdims=True)
+    shift = jnp.where(top > 0, FIXED_BITS - jnp.frexp(top)[1], MAX_SHIFT)
+    shift = jnp.minimum(shift, MAX_SHIFT)
+    return jnp.rint(jnp.ldexp(x, shift)).astype(jnp.int32), shift
 
 
 def _swiglu(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:

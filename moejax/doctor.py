@@ -25,7 +25,7 @@ OPTIONAL = {"moejax", "safetensors", "torch", "transformers"}
 OLDEST_JAX = (0, 10, 2)
 BAD_JAX = {(0, 11, 0), (0, 11, 1)}
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 14)
-FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "i8mm")
+FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_int8", "asimd", "bf16", "i8mm")
 RECORD, SLOTS = 1 << 16, 1 << 10  # bytes and slots of the pool that the write check fills
 COPY_SHARE = 0.25  # of the time of a whole copy: a write in place takes far less
 
@@ -66,12 +66,15 @@ def environment() -> dict[str, Any]:
     """Where a run took place: versions, system and device; starts JAX."""
     import jax
 
+    from moejax.kernels import build
+
     device = jax.devices()[0]
     return {
         "versions": versions(),
         "system": platform.platform(),
         "cpu": _cpu_name(),
         "cpus": os.cpu_count(),
+        "kernels": build.status().partition(" (")[0],
         "device": device.device_kind,
         "backend": device.platform,
     }

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from native_setup import DEFAULT, LIBRARY, bf16, each_isa, restore  # noqa: F401
+from native_setup import DEFAULT, ISAS, LIBRARY, bf16, each_isa, restore  # noqa: F401
 
-from moejax.kernels import build, cpu
+from moejax.kernels import build, cpu, reference
 
 FORMATS = list(cpu.FORMATS)
 SHAPES = st.tuples(
@@ -146,6 +146,67 @@ def test_linear_passes_on_infinities_nans_and_denormals(format, n):
     zero = np.full((n, 50), -0.0, np.float32)
     for got in each_isa(lambda: run_linear(zero, bits, 0, means, format)):
         np.testing.assert_array_equal(got, np.zeros((n, 37)))
+
+
+FIXED = [name for name in ISAS if name in (b"avx512bf16", b"amx", b"amxbf16")]
+needs_fixed = pytest.mark.skipif(not FIXED, reason="no instruction set here multiplies bytes")
+
+
+@needs_fixed
+@given(
+    shape=SHAPES, seed=st.integers(0, 100), spread=st.integers(0, 30), size=st.integers(-100, 100)
+)
+def test_int8_sums_are_exact_in_fixed_point(shape, seed, spread, size):
+    n, rows, cols = shape
+    rng = np.random.default_rng(seed)
+    raw, _ = stored(rng.normal(size=(rows, cols)), "int8")
+    weights = raw[: rows * cols].view(np.int8).reshape(rows, cols).astype(np.int64)
+    scale = raw[align(rows * cols) :].view(np.float32)
+    x = (rng.normal(size=(n, cols)) * 2.0 ** (size + rng.integers(-spread, 1, (n, cols)))).astype(
+        "f4"
+    )
+    whole, shift = map(np.asarray, reference.fixed_point(jnp.asarray(x)))
+    sums = (whole.astype(np.int64) @ weights.T).astype(float)
+    want = (np.ldexp(sums, -shift) * scale.astype(float)).astype(np.float32)
+    bits = jnp.asarray(padded([raw], align(raw.size)))
+    for name in FIXED:
+        LIBRARY.moejax_set_isa(name)
+        got = run_linear(x, bits, 0, np.empty((rows, cols)), "int8")
+        np.testing.assert_array_equal(got, want)
+
+
+@needs_fixed
+@pytest.mark.parametrize("format", ["int8", "int4g32", "int4g64"])
+@given(shape=SHAPES, seed=st.integers(0, 100))
+def test_fixed_point_has_the_same_bits_on_every_instruction_set(format, shape, seed):
+    n, rows, cols = shape
+    x, bits, stack = linear_case(seed, n, rows, cols, format)
+    x[:, 0] *= 1000  # the others lose digits
+    whole, shift = map(np.asarray, reference.fixed_point(jnp.asarray(x)))
+    taken = np.ldexp(whole.astype(float), -shift)
+    want, size = taken @ stack[0].T, np.abs(taken) @ np.abs(stack[0].T)
+    seen_bits = set()
+    for name in FIXED:
+        LIBRARY.moejax_set_isa(name)
+        got = run_linear(x, bits, 0, stack[0], format)
+        close(got, want, size)
+        seen_bits.add(got.tobytes())
+    assert len(seen_bits) == 1
+
+
+@needs_fixed
+@pytest.mark.parametrize("format", ["int8", "int4g32", "int4g64"])
+def test_a_row_that_is_not_finite_leaves_the_others_alone(format):
+    x, bits, stack = linear_case(11, 33, 40, 200, format)
+    odd = x.copy()
+    odd[[0, 7, 8, 32], 3] = np.inf, np.nan, -np.inf, np.nan
+    spared = np.isfinite(odd).all(axis=1)
+    for name in FIXED:
+        LIBRARY.moejax_set_isa(name)
+        want = run_linear(x, bits, 0, stack[0], format)
+        got = run_linear(odd, bits, 0, stack[0], format)
+        assert got[spared].tobytes() == want[spared].tobytes()
+        assert not np.isfinite(got[~spared]).any()
 
 
 def test_linear_refuses_a_layer_out_of_range():

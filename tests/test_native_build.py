@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import os
+import platform
 import stat
 import subprocess
 import sys
@@ -34,6 +35,24 @@ def test_switched_off():
     assert status_with(MOEJAX_NATIVE="0") == (
         "reference path: native kernels are switched off (MOEJAX_NATIVE=0)"
     )
+
+
+@needs_compiler
+def test_an_instruction_set_can_be_chosen():
+    known = build.library()
+    if known is None:
+        pytest.skip(build.status())
+    code = "from moejax.kernels import build; print(build.status())"
+
+    def run(name):
+        variables = {**os.environ, "JAX_PLATFORMS": "cpu", "MOEJAX_ISA": name}
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, env=variables, capture_output=True, text=True)
+
+    plain = {"x86_64": "baseline", "aarch64": "neon"}[platform.machine()]
+    assert run(plain).stdout.startswith(f"native kernels: {plain} (")
+    refused = run("sse9").stderr
+    assert "MOEJAX_ISA=sse9: this machine has kernels for " in refused and plain in refused
 
 
 def test_without_a_compiler(tmp_path):
