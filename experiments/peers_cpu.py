@@ -34,7 +34,13 @@ from moejax.measure import StreamRead, cores
 from moejax.units import parse_bytes
 
 HERE = pathlib.Path(__file__).parent
-MOEJAX = {"moejax bf16": None, "moejax int8": "int8", "moejax int4": "int4"}
+MOEJAX = {
+    "moejax bf16": None,
+    "moejax bf16 on tiles": None,
+    "moejax int8": "int8",
+    "moejax int4": "int4",
+}
+CHOSEN = {"moejax bf16 on tiles": "amxbf16"}  # instruction sets that are not the default
 LLAMA = {"llama.cpp BF16": "BF16", "llama.cpp Q8_0": "Q8_0", "llama.cpp Q4_0": "Q4_0"}
 TRANSFORMERS = "transformers bf16"
 NAMES = [*MOEJAX, TRANSFORMERS, *LLAMA]
@@ -108,7 +114,8 @@ def command_of(name: str, options: argparse.Namespace) -> list[str]:
     what = {"name": name, "model": str(options.bank or options.model), "load": load}
     if name == TRANSFORMERS:
         what["model"] = str(options.model)
-    return [sys.executable, "-m", "experiments.peers_workers", json.dumps(what)]
+    chosen = ["env", f"MOEJAX_ISA={CHOSEN[name]}"] if name in CHOSEN else []
+    return [*chosen, sys.executable, "-m", "experiments.peers_workers", json.dumps(what)]
 
 
 def start_all(options: argparse.Namespace) -> tuple[dict[str, Peer], dict[str, str]]:

@@ -7,6 +7,8 @@ from typing import Any
 PAIRS = [
     ("moejax bf16", "llama.cpp BF16"),
     ("moejax bf16", "transformers bf16"),
+    ("moejax bf16 on tiles", "llama.cpp BF16"),
+    ("moejax bf16 on tiles", "transformers bf16"),
     ("moejax int8", "llama.cpp Q8_0"),
     ("moejax int4", "llama.cpp Q4_0"),
 ]

@@ -50,6 +50,7 @@ def quantisation(report: Record) -> list[str]:
 
 PEERS = {
     "bf16": ("moejax bf16", "llama.cpp BF16", "transformers bf16"),
+    "bf16, `amxbf16`": ("moejax bf16 on tiles", "llama.cpp BF16", "transformers bf16"),
     "8 bits": ("moejax int8", "llama.cpp Q8_0", None),
     "4 bits": ("moejax int4", "llama.cpp Q4_0", None),
 }
@@ -66,6 +67,8 @@ def peers_cpu(report: Record) -> list[str]:
     for test in sorted({test for test, _ in rows}, key=lambda t: (t[:2] != "tg", int(t[2:]))):
         for bits, names in PEERS.items():
             found = [rows.get((test, name)) for name in names]
+            if found[0] is None:
+                continue
             times = [f"{row['ms_per_token']:.2f}" if row else "" for row in found]
             bound = found[0]["bound_fraction"]
             ratio = found[0]["ratios"].get(names[1])
