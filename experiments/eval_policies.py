@@ -15,11 +15,15 @@ that accuracies say little here: flips and log-likelihoods do. Every sequence de
 teacher-forced, one token per step, from a cold cache of its own. Programs that the model writes are
 run, confined, if the machine can do that. Scores are kept where `moejax eval` keeps them, found
 again by all that decides them: a run that was stopped goes on. None is a timing.
+
+The worst of several tasks has an interval of its own, which allows for the choice: its upper end is
+that of the task that may be the worst, its lower end one that holds for all tasks at once.
 """
 
 import argparse
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -85,8 +89,7 @@ def measure(options: argparse.Namespace) -> dict:
             rows.append({"policy": policy, **row})
             items[f"{name} {policy}"] = [_figures(result) for result in found]
             print(f"{name} {policy}: {len(found)} items", file=sys.stderr)
-    values, limits, ends = _judged_values(rows)
-    targets = common.judged(values, limits, ends)
+    targets = _targets(rows)
     return {
         "claim": "at 40 % residency lossy policies lose at most 0.02 nats per token of right "
         "answers and flip at most 10 % of choices",
@@ -98,7 +101,7 @@ def measure(options: argparse.Namespace) -> dict:
         "notes": notes,
         "items": items,
         "summary": {
-            **_worst(values, ends),
+            **worst(rows, items, options.seed),
             **{f"{r['task']} {r['policy']}": _summary(r) for r in rows if r["policy"] in LOSSY},
         },
         "targets": targets,
@@ -118,7 +121,8 @@ def _confines() -> bool:
 def _figures(result: eval_compare.Result) -> dict:
     score = result.score
     made = {} if result.generated is None else {"text": result.generated.text}
-    own = {} if score is None else {"logprob": score.logprob, "divergence": score.divergence}
+    names = ("logprob", "tokens", "divergence")
+    own = {} if score is None else {name: getattr(score, name) for name in names}
     return {"id": result.id, "answer": result.answer, "grades": result.grades, **own, **made}
 
 
@@ -127,37 +131,78 @@ def _summary(row: dict) -> dict:
     return {name: row[name] for name in names if name in row}
 
 
-def _judged_values(rows: list[dict]) -> tuple[dict[str, Any], ...]:
-    """Of each task under each lossy policy: loss and flips, what they may be, and intervals."""
+def _targets(rows: list[dict]) -> dict[str, dict]:
+    """Of each task under each lossy policy: loss and flips, and what they may be.
+
+    Undecided where a single item leaves no interval.
+    """
     values, limits, ends = {}, {}, {}
     for row in rows:
         if row["policy"] not in LOSSY:
             continue
         about = f"{row['task']} {row['policy']}"
         if "logprob_change" in row:
-            low, high = row["logprob_change"]["interval"]
-            values[f"loss {about}"] = -row["logprob_change"]["value"]
-            limits[f"loss {about}"], ends[f"loss {about}"] = MOST_LOSS, [-high, -low]
+            change = row["logprob_change"]
+            values[f"loss {about}"] = -change["value"]
+            limits[f"loss {about}"] = MOST_LOSS
+            ends[f"loss {about}"] = _turned(change["interval"])
         if row["task"] in CHOICES:
             values[f"flips {about}"] = row["flips"]["value"]
             limits[f"flips {about}"] = MOST_FLIPS
             ends[f"flips {about}"] = row["flips"]["interval"]
-    return values, limits, ends
+    targets = common.judged(values, limits, ends)
+    for name, target in targets.items():
+        if ends[name] is None:
+            target |= {"interval": None, "undecided": True}
+    return targets
 
 
-def _worst(values: dict[str, float], ends: dict[str, list[float]]) -> dict[str, Any]:
+def _turned(interval: Sequence[float] | None) -> list[float] | None:
+    return interval and [-end for end in reversed(interval)]
+
+
+def worst(rows: list[dict], items: dict[str, list[dict]], seed: int) -> dict[str, Any]:
     """The largest loss and the largest share of flips of each lossy policy, with its interval.
 
-    That is of the one task, as if it had not been chosen for being the worst.
+    That is of the largest, whichever task's it truly is (`eval_compare.worst_tails`); None where a
+    task has a single item.
+
+    Args:
+        rows: of the report, a task and a policy each.
+        items: of the report, by task and policy, as `_figures` makes them.
     """
     found = {}
     for policy in LOSSY:
-        for what in ("loss", "flips"):
-            own = [n for n in values if n.startswith(f"{what} ") and n.endswith(f" {policy}")]
-            worst = max(own, key=values.__getitem__)
-            found[f"worst {what} {policy}"] = values[worst]
-            found[f"worst {what} {policy} interval"] = ends[worst]
+        own = [row for row in rows if row["policy"] == policy]
+        losses = [row for row in own if "logprob_change" in row]
+        exams = [row for row in own if row["task"] in CHOICES]
+        tails = eval_compare.worst_tails(len(losses))
+        # of changes, whose lower ends are the upper ones of losses
+        ends = [_change_interval(row, items, seed, tails[::-1]) for row in losses]
+        largest = max(-row["logprob_change"]["value"] for row in losses)
+        found |= _greatest(f"worst loss {policy}", largest, [_turned(pair) for pair in ends])
+        tails = eval_compare.worst_tails(len(exams))
+        flips = [row["flips"] for row in exams]
+        ends = [eval_compare.wilson(flip["value"], flip["n"], tails) for flip in flips]
+        found |= _greatest(f"worst flips {policy}", max(flip["value"] for flip in flips), ends)
     return found
+
+
+def _change_interval(
+    row: dict, items: dict[str, list[dict]], seed: int, tails: tuple[float, float]
+) -> tuple[float, float] | None:
+    """Of the change of log-likelihood per token on a task, from what is kept of its items."""
+    both = (items[f"{row['task']} {policy}"] for policy in (row["policy"], REFERENCE))
+    pairs = [(a, b) for a, b in zip(*both, strict=True) if "logprob" in a and "logprob" in b]
+    change = np.array([a["logprob"] - b["logprob"] for a, b in pairs])
+    tokens = np.array([a["tokens"] for a, _ in pairs], float)
+    return eval_compare.bootstrap(change, tokens, seed, tails=tails)
+
+
+def _greatest(name: str, value: float, ends: list[Sequence[float] | None]) -> dict[str, Any]:
+    known = None not in ends
+    interval = [max(end) for end in zip(*ends, strict=True)] if known else None
+    return {name: value, f"{name} interval": interval}
 
 
 def plot(report: dict, path: pathlib.Path) -> None:
@@ -174,8 +219,8 @@ def plot(report: dict, path: pathlib.Path) -> None:
             rows = [row for row in report["rows"] if row["policy"] == policy and key in row]
             places = [[*ITEMS].index(row["task"]) + 0.16 * (2 * i - 1) for row in rows]
             middle = scale * np.array([row[key]["value"] for row in rows])
-            ends = scale * np.array([row[key]["interval"] for row in rows])
-            spread = np.abs(ends.T - middle)
+            ends = [row[key]["interval"] or 2 * [row[key]["value"]] for row in rows]
+            spread = np.abs(scale * np.array(ends).T - middle)
             axis.errorbar(middle, places, xerr=spread, fmt=mark, capsize=3, label=policy)
         axis.axvline(0, color="0.6", lw=1)
         axis.locator_params(axis="x", nbins=5)

@@ -1,7 +1,8 @@
 """Policies compared item by item: answers that flip, log-likelihoods, intervals over items.
 
-A share has Wilson's interval, the change of one Bonett and Price's, everything else a bootstrap: of
-items that are all alike a bootstrap knows nothing but them, and would say [0, 0] of no flip in ten.
+A share has Wilson's interval, the change of one Bonett and Price's, everything else a bootstrap
+that is stretched for few items: of items that are all alike a bootstrap knows nothing but them, and
+would say [0, 0] of no flip in ten.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.special import ndtri, stdtrit
 
 from moejax.errors import InputError
 from moejax.evaluation import sandbox
@@ -17,8 +19,8 @@ from moejax.evaluation.evaluate import Generated, Score, Scorer, total
 from moejax.evaluation.tasks import Item, Task, is_share
 
 DRAWS = 10_000
-LEVEL = 0.95
-Z = 1.959964  # of the normal distribution, for that level
+TAIL = 0.025  # beyond either end of an interval of 95 %
+Z = -float(ndtri(TAIL))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,27 +141,58 @@ def _result(item: Item, scores: list[Score], made: Generated | None, execute: bo
 
 
 def bootstrap(
-    values: np.ndarray, weights: np.ndarray, seed: int = 0, draws: int = DRAWS
-) -> tuple[float, float]:
-    """Interval of sum(values) / sum(weights), items [N] drawn again with replacement."""
+    values: np.ndarray,
+    weights: np.ndarray,
+    seed: int = 0,
+    draws: int = DRAWS,
+    tails: tuple[float, float] = (TAIL, TAIL),
+) -> tuple[float, float] | None:
+    """Interval of sum(values) / sum(weights), items [N] drawn again; None of a single item.
+
+    Draws of n items vary by (n - 1) / n too little, and their quantiles are those of a known
+    spread: the ends are stretched away from the ratio by sqrt(n / (n - 1)) times Student's quantile
+    of n - 1 degrees over the normal one. Of normal and of heavier symmetric items it then holds the
+    truth in about 94 to 95 % from 3 items on, where the quantiles alone do in 72 % (3 items), 83 %
+    (5) and 90 % (10). What remains: of few skewed items it holds it less often (exponential ones:
+    87 % of 3, 89 % of 5, 90 % of 10), and of items that are all alike it has no width.
+
+    Args:
+        tails: the share of draws below the interval, and above it.
+
+    Source: Hesterberg, What teachers should know about the bootstrap, The American Statistician 69
+    (2015), whose expanded percentiles cannot leave the items' range and fail for very few.
+    """
     rng, found = np.random.default_rng(seed), []
     n = len(values)
+    if n < 2:
+        return None
     for start in range(0, draws, 500):
         drawn = rng.integers(0, n, (min(500, draws - start), n))
         found.append(values[drawn].sum(axis=1) / np.maximum(weights[drawn].sum(axis=1), 1e-12))
-    edges = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
-    low, high = np.quantile(np.concatenate(found), edges)
+    edges, middle = np.array(tails), values.sum() / max(weights.sum(), 1e-12)
+    stretch = math.sqrt(n / (n - 1)) * stdtrit(n - 1, edges) / ndtri(edges)
+    ends = np.quantile(np.concatenate(found), (tails[0], 1 - tails[1]))
+    low, high = middle + stretch * (ends - middle)
     return float(low), float(high)
 
 
-def wilson(share: float, n: float) -> tuple[float, float]:
+def wilson(
+    share: float, n: float, tails: tuple[float, float] = (TAIL, TAIL)
+) -> tuple[float, float]:
     """Wilson's score interval of a share of `n` independent observations.
+
+    Args:
+        tails: how likely the truth is to lie below the interval, and above it.
 
     Source: Wilson, Probable inference, JASA 22 (1927).
     """
-    middle = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    reach = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    return max(min(middle - reach, share), 0.0), min(max(middle + reach, share), 1.0)
+
+    def end(z: float) -> float:
+        middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+        return middle + z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+
+    low, high = end(float(ndtri(tails[0]))), end(-float(ndtri(tails[1])))
+    return max(min(low, share), 0.0), min(max(high, share), 1.0)
 
 
 def change_of_share(gained: float, lost: float, n: int) -> tuple[float, float]:
@@ -173,14 +206,36 @@ def change_of_share(gained: float, lost: float, n: int) -> tuple[float, float]:
     return max(more - less - reach, -1.0), min(more - less + reach, 1.0)
 
 
-def _figure(value: float, interval: tuple[float, float], n: int) -> dict[str, Any]:
-    low, high = interval
-    return {"value": float(value), "interval": [float(low), float(high)], "n": n}
+def worst_tails(tasks: int) -> tuple[float, float]:
+    """The tails of intervals of several tasks, of which the greatest ends hold the worst task's.
+
+    The greatest of their upper ends fails only if that of the truly worst task does; the greatest
+    of their lower ends if any does, each of which is so much rarer. Of tasks that share no item.
+
+    The greatest of each bootstrap draw would not do: draws add their noise to what was already
+    chosen for being the greatest. Of seven equal tasks of 3 to 57 items its quantiles hold the
+    worst in 9 % of simulations, these ends in 97 %.
+    """
+    return 1 - (1 - TAIL) ** (1 / tasks), TAIL
 
 
-def _ratio(values: Sequence[float], weights: Sequence[float], seed: int) -> dict[str, Any]:
+def _figure(value: float, interval: tuple[float, float] | None, n: int) -> dict[str, Any]:
+    ends = None if interval is None else [float(end) for end in interval]
+    return {"value": float(value), "interval": ends, "n": n}
+
+
+def _ratio(
+    values: Sequence[float],
+    weights: Sequence[float],
+    seed: int,
+    least: float = -math.inf,
+    most: float = math.inf,
+) -> dict[str, Any]:
+    """A ratio with its interval, cut off at the least and most that it can be."""
     values, weights = np.asarray(values, float), np.asarray(weights, float)
     interval = bootstrap(values, weights, seed)
+    if interval is not None:
+        interval = max(interval[0], least), min(interval[1], most)
     return _figure(values.sum() / weights.sum(), interval, len(values))
 
 
@@ -218,8 +273,8 @@ def compared(
     """A row of the table: what a policy does on a task, and how that differs from the first.
 
     Everything that differs is paired by item; every figure has its interval and its n, the items
-    that it is about. Differences of log-likelihood are nats per token, positive where this policy
-    is better.
+    that it is about; where a single item tells of no spread, the interval is None. Differences of
+    log-likelihood are nats per token, positive where this policy is better.
 
     Raises:
         InputError: what is a share of items is below 0 or above 1 of one.
@@ -241,10 +296,10 @@ def compared(
     scores = [(a.score, b.score) for a, b in pairs if a.score and b.score]
     if scores:
         tokens = [own.tokens for own, _ in scores]
-        row["logprob"] = _ratio([own.logprob for own, _ in scores], tokens, seed)
+        row["logprob"] = _ratio([own.logprob for own, _ in scores], tokens, seed, most=0.0)
         change = [own.logprob - first.logprob for own, first in scores]
         row["logprob_change"] = _ratio(change, tokens, seed)
-        row["divergence"] = _ratio([own.divergence for own, _ in scores], tokens, seed)
+        row["divergence"] = _ratio([s.divergence for s, _ in scores], tokens, seed, least=0.0)
         row["tokens_flipped"] = _share("tokens_flipped", [s.flipped for s, _ in scores], tokens)
         row["scored_tokens"] = sum(tokens)
     row |= _costs(results)

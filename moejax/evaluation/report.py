@@ -27,7 +27,7 @@ LINES = (
     "Changes are paired by item with the first policy. Flips: answers that differ, right or wrong; "
     "log-likelihoods in nats per token, higher is better; KL is from the model's own routing.",
     "Intervals are over the items: of shares Wilson's, of their changes Bonett and Price's, of all "
-    "else a bootstrap.",
+    "else a bootstrap, stretched for few items.",
     "Policies without a KL are exact: they were scored in one pass.",
 )
 UNGRADED = "its programs were not run: --allow-code-execution grades them"
@@ -166,5 +166,7 @@ def _tokens(row: dict[str, Any]) -> str:
 
 
 def _interval(found: dict[str, Any], form: str) -> str:
+    if found["interval"] is None:
+        return f"{found['value']:{form}} (one item)"
     low, high = found["interval"]
     return f"{found['value']:{form}} ({low:{form}} to {high:{form}})"
