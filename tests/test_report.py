@@ -247,9 +247,7 @@ GAIN = r"summary.gain.0\.25"  # 0.5
         ({"at_most": 0.4, "interval": "summary.narrow"}, "0.50 (0.45 to 0.55)", "**fails**"),
         ({"at_least": 0.6, "interval": "summary.narrow"}, "0.50 (0.45 to 0.55)", "**fails**"),
         ({"at_least": 0.3, "at_most": 0.6, "interval": "summary.wide"}, None, "undecided"),
-        # Records from before they had an interval, and where there was nothing to draw from.
-        ({"at_most": 0.6, "interval": "summary.absent"}, "0.50", "holds"),
-        ({"at_most": 0.4, "interval": "summary.none"}, "0.50", "**fails**"),
+        ({"at_most": 0.4, "interval": "summary.none"}, "0.50 (no interval)", "**fails**"),
         # In the paper's unit, the interval and the limit too.
         ({"as": "change", "at_most": -0.4, "form": "{:+.0%}"}, "-50%", "holds"),
         (
@@ -337,6 +335,18 @@ def test_a_record_that_a_claim_does_not_fit_is_said(changed, given):
         report_documents.judged(claim(**source), record(**changed))
 
 
+def test_an_interval_that_is_not_there_is_no_reason_to_judge_without():
+    for path in ("summary.absent", "rows[name=none].wide", "summary.wide[2]"):
+        given = claim(value=GAIN, at_most=0.6, interval=path)
+        with pytest.raises(InputError, match=re.escape(f"{path}: nothing at")):
+            report_documents.judged(given, record())
+    absent = claim(value="summary.nothing", at_most=0.6, interval="summary.absent")
+    assert report_documents.judged(absent, record())[2] == "not measured"
+    targeted = claim(target="gain 0.25", interval="summary.absent")
+    with pytest.raises(InputError, match="summary.absent: nothing at"):
+        report_documents.judged(targeted, record())
+
+
 def test_what_a_record_does_not_hold_is_not_measured():
     source = {"value": "rows[name=lru].x", "at_most": 1}
     for changed in ({"rows": 3}, {"rows": {}}, {"rows": ["lru"]}, {"targets": {}}):
@@ -379,8 +389,7 @@ def test_every_claim_of_ours_names_an_experiment():
             value_at(records[one["record"]], one["value"])  # KeyError where there is none
         if "over" in one:
             value_at(records[one["record"]], one["over"])
-        # Records from before they said how their code differed may lack intervals, no others.
-        if "interval" in one and "dirty" in records[one["record"]]["environment"]:
+        if "interval" in one:
             value_at(records[one["record"]], one["interval"])
     assert found
 

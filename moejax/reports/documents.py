@@ -84,9 +84,9 @@ def read_claims(path: pathlib.Path) -> list[dict[str, Any]]:
 
     That is `value`, a path in the record, with `at_least` or `at_most` (without either the record's
     verdict counts), or `target`, one of the record's own targets. `over` is the path of what the
-    value is divided by, `interval` that of the number's 95 % interval. `as` turns a ratio of the
-    record into the claim's unit: its "change" (less 1) or "inverse"; `at_least` and `at_most` are
-    in that unit, a target's limits are turned.
+    value is divided by, `interval` that of the number's 95 % interval, which is there: null where
+    the record can have none. `as` turns a ratio of the record into the claim's unit: its "change"
+    (less 1) or "inverse"; `at_least` and `at_most` are in that unit, a target's limits are turned.
 
     Raises:
         InputError: the file is missing or is not such a list.
@@ -94,7 +94,7 @@ def read_claims(path: pathlib.Path) -> list[dict[str, Any]]:
     try:
         claims = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot read the claims {path}: {error}") from error
+        raise InputError(f"the claims: {unreadable(path, error)}") from error
     whole = isinstance(claims, list) and all(isinstance(c, dict) for c in claims)
     allowed = FIELDS | SOURCES | OPTIONS | LIMITS.keys()
     if not whole or not all(
@@ -134,10 +134,12 @@ def claims_table(claims: Sequence[Mapping[str, Any]], records: Records) -> list[
 def judged(claim: Mapping[str, Any], record: Mapping[str, Any] | None) -> tuple[str, str, str]:
     """Our number and its interval, what it is held against, and the verdict; as text.
 
-    The verdict is "undecided" where the record has an interval and a limit lies within it.
+    The verdict is "undecided" where the record has an interval and a limit lies within it. Where
+    it says that it has none (None), the number stands with that, and decides alone.
 
     Raises:
-        InputError: the record has something else where the claim looks for its number.
+        InputError: the record has something else where the claim looks for its number, or nothing
+            where it looks for the interval.
     """
     try:
         value, limits, verdict = (None, claim, "") if record is None else _found(claim, record)
@@ -147,8 +149,9 @@ def judged(claim: Mapping[str, Any], record: Mapping[str, Any] | None) -> tuple[
         if interval and limits.keys() & LIMITS.keys():
             verdict = _verdict(value, interval, limits)
         parts = [claim["form"].format(number) for number in (value, *interval)]
-        shown = f"{parts[0]} ({' to '.join(parts[1:])})" if interval else parts[0]
-        return shown, _limits(limits, claim), verdict
+        if "interval" in claim:
+            parts[0] += f" ({' to '.join(parts[1:]) or 'no interval'})"
+        return parts[0], _limits(limits, claim), verdict
     except LACKS as error:
         raise InputError(
             f"the claim {claim['claim']!r} does not fit {claim['record']}.json: {error!r}"
@@ -189,11 +192,8 @@ def _own_limits(target: Mapping[str, Any], claim: Mapping[str, Any]) -> dict[str
 
 
 def _interval(claim: Mapping[str, Any], record: Mapping[str, Any]) -> tuple[float, ...]:
-    """The ends in the claim's unit, the lower first; empty where the record has no interval."""
-    try:
-        found = value_at(record, claim["interval"]) if "interval" in claim else None
-    except KeyError:
-        return ()
+    """The ends in the claim's unit, the lower first; empty where the record says there are none."""
+    found = value_at(record, claim["interval"]) if "interval" in claim else None
     if found is None:
         return ()
     low, high = found
