@@ -54,13 +54,31 @@ class Helper:
 
 
 @dataclasses.dataclass
+class BatchCosts:
+    """What cycles of one batch size were found to cost."""
+
+    costs: LiveCycles = dataclasses.field(default_factory=LiveCycles)
+    timed: list[tuple] = dataclasses.field(default_factory=list)  # cycles of no costs yet
+    renewed: int = 0  # cycles that the costs are of
+
+    @property
+    def plain_ms(self) -> float | None:
+        """Milliseconds of a plain step; None until there are costs."""
+        return self.costs.plain_ms if self.renewed else None
+
+
+@dataclasses.dataclass
 class Live:
     """What cycles were found to cost; goes on from one run of a runtime to the next."""
 
-    costs: LiveCycles = dataclasses.field(default_factory=LiveCycles)
+    by_batch: dict[int, BatchCosts] = dataclasses.field(default_factory=dict)
+    latest: BatchCosts = dataclasses.field(default_factory=BatchCosts)  # of the run that began last
     compiled: set[tuple] = dataclasses.field(default_factory=set)  # programs that have run
-    timed: list[tuple] = dataclasses.field(default_factory=list)  # cycles of no costs yet
-    renewed: int = 0  # cycles that the costs are of
+
+    def begin(self, batch: int) -> BatchCosts:
+        """What a run of so many sequences knows and learns."""
+        self.latest = self.by_batch.setdefault(batch, BatchCosts())
+        return self.latest
 
 
 def widths(max_length: int) -> list[int]:
@@ -102,13 +120,12 @@ class Cycles:
         self.helper = helper if speculation.draft.kind == "model" else None
         self.options = {"top": top, "record": record}
         self.greedy = bool(np.all(np.asarray(sampling.temperature) == 0))
-        self.live = None
+        self.live: Live | None = None
+        self._learned: BatchCosts | None = None  # what that has of this run's batch size
         # Under a lossy router the length of a draft decides what becomes resident: no clocks there.
         lengths = getattr(speculation, "lengths", None)
         if hasattr(lengths, "with_costs") and target.policy.exact:
             self.live = live or Live()
-            if self.live.renewed:
-                self._renew_costs()
         self.run: Speculating | None = None
         self.trace: StepTrace | None = None
         self.drafts: StepTrace | None = None  # [G, ...] of a self-draft's steps
@@ -124,6 +141,10 @@ class Cycles:
         Raises:
             InputError: a draft model was not given what the KV cache holds.
         """
+        if self.live is not None:
+            self._learned = self.live.begin(len(texts))
+            if self._learned.renewed:
+                self._renew_costs()
         room = jax.tree.leaves(state.kv)[0].shape[2] + 1
         text = np.full((len(texts), room), -1, np.int32)
         for row, tokens, length in zip(text, texts, np.asarray(state.length), strict=True):
@@ -233,21 +254,21 @@ class Cycles:
             return
         # What follows takes 0.3 ms, and far more than its share in each cycle: at first always,
         # later seldom.
-        timed = self.live.timed
+        known, timed = self._learned, self._learned.timed
         timed.append((self.drafted, seconds, made.totals))
-        if len(timed) < min(self.live.renewed, RENEWED[self.drafted > 0]):
+        if len(timed) < min(known.renewed, RENEWED[self.drafted > 0]):
             return
         for drafted, took, totals in timed:
             missed = int(totals.needed) - int(totals.hits)
-            self.live.costs.add(drafted, took, drafted, drafted + 1, missed)
-        self.live.renewed += len(timed)
+            known.costs.add(drafted, took, drafted, drafted + 1, missed)
+        known.renewed += len(timed)
         timed.clear()
         self._renew_costs()
 
     def _renew_costs(self) -> None:
         """The policy with the costs of the latest cycles."""
         speculation = self.target.policy.speculation
-        costs = jax.device_put(self.live.costs.costs())  # once, not in every cycle
+        costs = jax.device_put(self._learned.costs.costs())  # once, not in every cycle
         lengths = speculation.lengths.with_costs(costs)
         speculation = dataclasses.replace(speculation, lengths=lengths)
         policy = dataclasses.replace(self.target.policy, speculation=speculation)

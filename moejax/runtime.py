@@ -113,7 +113,7 @@ class Runtime:
             stats: of the run; None = the latest of this runtime.
         """
         enough = (stats or self.stats).draft_lengths.get(0, 0) > 1  # the first may be compiling
-        return self._live.costs.plain_ms if enough and self._live.renewed else None
+        return self._live.latest.plain_ms if enough else None
 
     @property
     def stop_ids(self) -> frozenset[int]:

@@ -12,7 +12,7 @@ from test_exactness import prompts_of
 
 import moejax
 from moejax import decode, speculate
-from moejax.cycles import Cycles, Helper, tokens_of, width_for, widths
+from moejax.cycles import Cycles, Helper, Live, tokens_of, width_for, widths
 from moejax.errors import InputError, LinkError, PolicyError
 from moejax.kernels import build as build_native
 from moejax.kernels.store import Store
@@ -140,7 +140,18 @@ def deep():
     return dataclasses.replace(built, model=built.model.clone(kernels="native"))
 
 
-def begun(built, made, prompts, *, slots=24, helper=None, sampling=None, store=None, context=128):
+def begun(
+    built,
+    made,
+    prompts,
+    *,
+    slots=24,
+    helper=None,
+    sampling=None,
+    store=None,
+    context=128,
+    live=None,
+):
     """A cycle loop after the prompts, whose first token is the likeliest."""
     store = store or built.store
     state = decode.init_state(
@@ -151,7 +162,7 @@ def begun(built, made, prompts, *, slots=24, helper=None, sampling=None, store=N
     target = speculate.Target(policy=made, **fixed)
     sampling = (sampling or Sampling(temperature=0.0)).validate()
     stats = Stats(record_bytes=1)
-    loop = Cycles(target, helper, stats, sampling, jax.random.key(0), 0)
+    loop = Cycles(target, helper, stats, sampling, jax.random.key(0), 0, live=live)
     first = np.asarray(logits.argmax(-1), np.int32)
     loop.begin(state, [np.append(p, t) for p, t in zip(prompts, first, strict=True)], None)
     return loop
@@ -374,6 +385,28 @@ def test_plain_steps_follow_where_speculation_never_pays():
         loop.step(np.ones(1, bool), np.full(1, 200))
         lengths.append(loop.drafted)
     assert lengths.count(0) >= 36
+
+
+@needs_native
+def test_cycles_of_one_batch_size_tell_nothing_of_another():
+    names = ("plain_ms", "fixed_ms", "draft_ms", "token_ms", "miss_ms")
+    lengths = LiveLength(costs=CycleCosts(**dict.fromkeys(names, jnp.float32(1.0))))
+    speculation = Speculate(draft=LookupDraft(least=jnp.int32(1)), lengths=lengths, max_length=2)
+    made, live = dataclasses.replace(policy("lru"), speculation=speculation), Live()
+    started = []
+    for batch, ms in ((1, 2.0), (3, 9.0), (1, 2.0), (3, 9.0)):
+        loop = begun(deep(), made, prompts_of(1, batch), live=live)
+        started.append(float(loop.target.policy.speculation.lengths.costs.plain_ms))
+        for _ in range(4):
+            loop.gamma = 0
+            loop.learn(loop.step(np.ones(batch, bool), np.full(batch, 50)), ms / 1e3)
+        assert live.latest.plain_ms == pytest.approx(ms)
+    assert started[:2] == [1.0, 1.0]
+    assert started[2:] == pytest.approx([2.0, 9.0])
+    assert {batch: known.plain_ms for batch, known in live.by_batch.items()} == pytest.approx(
+        {1: 2.0, 3: 9.0}
+    )
+    assert Live().latest.plain_ms is None
 
 
 def test_tokens_of_a_cycle_end_at_stops_and_limits():

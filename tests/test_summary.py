@@ -60,7 +60,7 @@ def test_auto_gives_its_account_of_plain_steps():
     assert cycles_made == stats.steps and stats.draft_lengths[0] > 1
     assert document["drafted_share"] == 1 - stats.draft_lengths[0] / cycles_made
     plain = document["plain_step_ms"]
-    times = [ms for _, ms, _ in runtime._live.costs._noted[0]]
+    times = [ms for _, ms, _ in runtime._live.latest.costs._noted[0]]
     assert min(times) <= plain <= max(times)
     rows = dict(report.stats_rows(runtime))
     ms = stats.tpot * 1e3
