@@ -1,5 +1,7 @@
 """Experts that the host computes for a GPU: through Python, and in a stream of a fake driver."""
 
+import concurrent.futures
+import ctypes
 import dataclasses
 import functools
 
@@ -281,6 +283,17 @@ def test_the_driver_says_whose_memory_it_is():
     for name in (b"cuDeviceGet", b"cuDevicePrimaryCtxRetain", b"cuPointerGetAttribute"):
         FAKE.fake_fail(name, 1)
         assert native.moejax_cuda_check_host(device) == name + b": made to fail"
+
+
+def test_a_reason_outlives_those_of_other_threads():
+    text, address, number = ctypes.c_char_p, ctypes.c_void_p, ctypes.c_uint64
+    opened = ctypes.CFUNCTYPE(address, text)(("moejax_cuda_open", build.library()))
+    checked = ctypes.CFUNCTYPE(address, number)(("moejax_cuda_check_host", build.library()))
+    first = opened(b"another driver")
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        second = thread.submit(checked, FAKE.fake_device_memory(64)).result()
+        assert ctypes.string_at(first).endswith(b"is already in use")
+        assert ctypes.string_at(second) == b"the memory is not the host's (type 2)"
 
 
 def with_host(built, way):

@@ -17,8 +17,9 @@ std::atomic<const Driver*> current{nullptr};
 struct Opening {
   std::mutex mutex;
   std::string library;  // that `current` is of
-  std::string error;
 };
+
+thread_local std::string last_error;  // read after the call, when other threads may fail in theirs
 
 Opening& opening() {
   static Opening& state = *new Opening;
@@ -69,21 +70,21 @@ Current::~Current() {
 
 }  // namespace moejax::cuda
 
+using moejax::cuda::last_error;
 using moejax::cuda::opening;
 
-// Null, or why the driver library cannot be used. The first that can be is used from then on.
+// Null, or why the driver library cannot be used: until the thread's next call of these functions.
+// The first that can be is used from then on.
 MOEJAX_EXPORT const char* moejax_cuda_open(const char* library) {
   std::lock_guard<std::mutex> lock(opening().mutex);
-  const std::string error = moejax::cuda::open(library);
-  if (error.empty()) return nullptr;
-  opening().error = error;
-  return opening().error.c_str();
+  last_error = moejax::cuda::open(library);
+  return last_error.empty() ? nullptr : last_error.c_str();
 }
 
 // Null if the host can read the memory at an address, or why it may not: of the first device.
 MOEJAX_EXPORT const char* moejax_cuda_check_host(uint64_t address) {
   std::lock_guard<std::mutex> lock(opening().mutex);
-  std::string& error = opening().error;
+  std::string& error = last_error;
   const moejax::cuda::Driver* driver = moejax::cuda::driver();
   if (!driver) return (error = "no driver library is open").c_str();
   moejax::cuda::Calls calls(*driver);

@@ -4,7 +4,9 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <exception>
 #include <memory>
+#include <new>
 #include <thread>
 
 #if defined(__x86_64__)
@@ -120,7 +122,8 @@ class Notice {
 
 extern Notice& notice;  // dispatch.cc
 
-// body(i) for i in [0, count), in any order, on the caller and up to `pool`'s other threads.
+// body(i) for i in [0, count), in any order, on the caller and up to `pool`'s other threads: fewer
+// where there is no memory to ask them. Returns when all is done; body must not throw.
 template <class Pool, class Body>
 void parallel_for(Pool& pool, int64_t count, bool small, const Body& body) {
   auto call = +[](const void* b, int64_t i) { (*static_cast<const Body*>(b))(i); };
@@ -131,20 +134,29 @@ void parallel_for(Pool& pool, int64_t count, bool small, const Body& body) {
     if (limit > 0 && limit < workers) workers = limit;
     if (workers > count) workers = count;
   }
-  if (workers <= 1) {
+  std::shared_ptr<Loop> loop;
+  if (workers > 1) {
+    try {
+      loop = std::make_shared<Loop>();
+    } catch (const std::bad_alloc&) {  // the caller does it alone
+    }
+  }
+  if (!loop) {
     FloatMode mode;
     for (int64_t i = 0; i < count; ++i) call(&body, i);
     return;
   }
-  auto loop = std::make_shared<Loop>();
   loop->count = count;
   loop->call = call;
   loop->body = &body;
-  for (int64_t w = 1 + notice.publish(loop); w < workers; ++w) {
-    pool.Schedule([loop] {
-      loop->work();
-      notice.linger();
-    });
+  try {
+    for (int64_t w = 1 + notice.publish(loop); w < workers; ++w) {
+      pool.Schedule([loop] {
+        loop->work();
+        notice.linger();
+      });
+    }
+  } catch (const std::exception&) {  // those that were asked share the rest with the caller
   }
   loop->work();
   for (int spins = 0; loop->done.load(std::memory_order_acquire) < count; ++spins) {
