@@ -10,7 +10,7 @@ import struct
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from moejax.errors import CheckpointError
+from moejax.errors import CheckpointError, reason
 
 # Bits of one element.
 DTYPE_BITS = (
@@ -93,7 +93,7 @@ def parse_json(data: bytes, what: str) -> dict:
     try:
         value = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{what} is not valid JSON: {error}") from error
+        raise CheckpointError(f"{what} is not valid JSON: {reason(error)}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{what} is not a JSON object")
     return value

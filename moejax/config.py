@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from moejax.errors import ConfigError, UnsupportedModelError
+from moejax.errors import ConfigError, UnsupportedModelError, reason
 from moejax.layout import RecordLayout
 
 MAX_SIZE = 2**31 - 1
@@ -195,7 +195,7 @@ def read_config_json(directory: pathlib.Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing: give a Hugging Face model directory") from None
     except (ValueError, RecursionError, OSError) as error:
-        raise ConfigError(f"{path} is not readable JSON: {error}") from None
+        raise ConfigError(f"{path} is not readable JSON: {reason(error)}") from None
     if not isinstance(hf, dict):
         raise ConfigError(f"{path} must hold a JSON object")
     return hf

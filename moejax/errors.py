@@ -49,4 +49,13 @@ def unreadable(path: object, error: Exception) -> str:
     """One line about a file that cannot be read, which names it once."""
     if isinstance(error, FileNotFoundError):
         return f"there is no file {path}"
-    return f"cannot read {path}: {getattr(error, 'strerror', None) or error}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"{path} is not UTF-8 text"
+    return f"cannot read {path}: {reason(error)}"
+
+
+def reason(error: Exception) -> str:
+    """Why a file is of no use, in the words of its owner where Python's are others."""
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8 text"
+    return getattr(error, "strerror", None) or str(error)

@@ -166,7 +166,8 @@ class DriftBudget:
     def __post_init__(self) -> None:
         if not 0 < self.nats < math.inf or self.every < 1:
             raise InputError(
-                f"a drift budget is a positive number of nats every n >= 1 steps, not {self}"
+                "a drift budget is a positive number of nats, looked at every n >= 1 steps; not "
+                f"{self.nats:g} nats every {self.every} steps"
             )
 
 
@@ -193,8 +194,8 @@ class Drift:
             )
         if not hasattr(policy.router, "alpha"):
             raise PolicyError(
-                f"a drift budget steers alpha, which {type(policy.router).__name__} has not: "
-                "choose a policy such as smoe-fetch"
+                "a drift budget steers the alpha of a lossy policy, which this policy has not: "
+                "choose one such as smoe-fetch"
             )
         self.budget = budget
         self.stats = DriftStats(alpha=float(policy.router.alpha))

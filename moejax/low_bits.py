@@ -18,8 +18,8 @@ def check(policy: Policy, budgeted: bool) -> None:
     """Raise PolicyError if the router wants copies and memory is budgeted: they are not counted."""
     if policy.low_bit and budgeted:
         raise PolicyError(
-            f"{_who(policy)} keeps low-bit copies of all experts in fast memory, "
-            "which a budget does not count: give slots instead"
+            "this policy keeps low-bit copies of all experts in fast memory, which a budget does "
+            "not count: give --slots (slots) instead"
         )
 
 
@@ -32,17 +32,13 @@ def for_policy(policy: Policy | None, store: ExpertStore | None) -> ExpertStore 
     """
     if policy is None or not policy.low_bit:
         return store
-    name = _who(policy)
     if store.records is None:
-        raise PolicyError(f"{name} makes low-bit copies from memory, and the disk has all experts")
+        raise PolicyError(
+            "this policy makes low-bit copies from memory, and the disk has all experts"
+        )
     if jax.default_backend() != "cpu":
-        raise PolicyError(f"{name} has not been made to run on a GPU yet: run it on a CPU")
+        raise PolicyError("low-bit copies have not been made to run on a GPU yet: run on a CPU")
     return dataclasses.replace(store, low=copies(store))
-
-
-def _who(policy: Policy) -> str:
-    router = policy.router if policy.router.low_bit else policy.speculation.draft.router
-    return type(router).__name__
 
 
 def copies(store: ExpertStore, format: str = FORMAT) -> LowBits:

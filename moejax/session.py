@@ -8,6 +8,7 @@ import numpy as np
 
 from moejax.decode import rewind
 from moejax.errors import InputError
+from moejax.live import DriftBudget
 from moejax.runtime import Piece, Runtime
 from moejax.sampling import Sampling
 
@@ -32,11 +33,13 @@ class Session:
         *,
         stop: str | Sequence[str] = (),
         seed: int = 0,
+        drift: DriftBudget | None = None,
         template: Mapping[str, Any] | None = None,
     ) -> Iterator[Piece]:
         """Add a user's turn and yield the answer; a failed turn leaves the conversation as it was.
 
         Args:
+            drift: as `Runtime.stream` takes it; alpha begins anew with every answer.
             template: further variables of the chat template, such as {"enable_thinking": False}.
 
         Raises:
@@ -62,6 +65,7 @@ class Session:
             dict(sampling) if isinstance(sampling, Mapping) else sampling,
             stop=stop,
             seed=seed,
+            drift=drift,
             history=[np.asarray(history, np.int32)],
         )
         try:

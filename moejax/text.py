@@ -15,7 +15,7 @@ from tokenizers import decoders, models, normalizers
 from moejax.chat import Template
 from moejax.config import MAX_SIZE
 from moejax.detokenize import decoder_stages
-from moejax.errors import InputError, TokenizerError
+from moejax.errors import InputError, TokenizerError, reason
 
 NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 SENTENCEPIECE_PROBES = ("Hello, wörld  \U0001f642 12", " lead\n", "   东京", "e\u0301\ufb01\u2460")
@@ -109,7 +109,7 @@ class Tokenizer:
         try:
             ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeError) as error:
-            raise InputError(f"the prompt must be a str of valid unicode: {error}") from error
+            raise InputError("a text must be a str of valid unicode") from error
         return [self.bos_id, *ids] if add_special_tokens and self._prepends_bos else ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -307,7 +307,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path} is not valid JSON ({error}); copy it again") from error
+        raise TokenizerError(f"{path} is not valid JSON: {reason(error)}; copy it again") from error
     if not isinstance(content, dict):
         raise TokenizerError(f"{path} does not hold a JSON object; copy it again")
     return content

@@ -77,9 +77,8 @@ def check(link: Link | None, model: Decoder, policy: Policy | None, virtual: boo
         raise InputError(f"a link needs the native library ({build.status()})")
     if link.kind == "disk" and policy.placement.uses_host:
         raise PolicyError(
-            f"this policy computes misses on the host ({type(policy.placement).__name__}), which "
-            "has no copy of experts on the disk: choose one that fetches them, such as lru or "
-            "smoe-fetch"
+            "this policy computes misses on the host, which has no copy of experts on the disk: "
+            "choose one that fetches them, such as lru or smoe-fetch"
         )
 
 

@@ -28,6 +28,25 @@ def parse_bytes(size: int | str) -> int:
     return value
 
 
+def parse_slots(slots: int | str, experts: int) -> int:
+    """Slots of 76, "76" or "40%", a share of all experts that is rounded down.
+
+    Raises:
+        InputError: neither a whole number nor a share above 0 % and up to 100 %.
+    """
+    found = re.fullmatch(r"\s*([0-9]{1,18})(\.[0-9]{1,18})?\s*(%?)\s*", str(slots))
+    if found and found[3]:
+        percent = decimal.Decimal(found[1] + (found[2] or ""))
+        if 0 < percent <= 100:
+            return int(percent * experts / 100)
+    elif found and not found[2]:
+        return int(found[1])
+    raise InputError(
+        f"{slots!r:.40} is not a number of slots: write how many, such as 76, or a share of all "
+        "experts, such as 40%"
+    )
+
+
 def format_bytes(size: float, *, up: bool = False) -> str:
     """Bytes in the largest binary unit that keeps one digit before the point: "1.5 GiB".
 

@@ -79,7 +79,7 @@ HOSTILE = {
     "metadata holds a number": ({"__metadata__": {"k": 1}, "a": A, "b": B}, "__metadata__"),
     "header is a list": ([A, B], "not a JSON object"),
     "not JSON": (b"pickle?", "not valid JSON"),
-    "not UTF-8": (b'{"\xff": 1}', "utf-8"),
+    "not UTF-8": (b'{"\xff": 1}', "UTF-8"),
     "empty": (b"", "not valid JSON"),
     "NaN": (b'{"a": NaN}', "NaN is not JSON"),
     "deep": (b"[" * 100_000, "recursion"),

@@ -9,15 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
+import typer
 from cli_models import EXPERTS, LAYERS, damage, write_model
 from typer.testing import CliRunner
 
 import moejax
 from moejax import errors
-from moejax.cli import exits
+from moejax.cli import conversation, exits
 from moejax.cli import main as cli
+from moejax.cli.actions import read_prompts
+from moejax.live import FASTEST, SLOWEST
+from moejax.terminal import Terminal
 
 COMMANDS = ["generate", "chat", "inspect", "convert", "bench", "tune", "policies"]
 COMMANDS += ["build-native", "doctor", "plan", "simulate", "eval", "report", "trace"]
@@ -128,6 +133,74 @@ def test_prompts_come_from_a_file_or_stdin(model, tmp_path):
     assert ok("generate", "-m", model, "-n", 4, "-q", stdin="the cat\n").stdout == given
 
 
+def test_without_a_prompt_there_is_one_line_that_says_where_it_may_come_from(model, monkeypatch):
+    shown = " ".join(ok("generate", "--help").stdout.split())
+    assert "without either, what is piped to stdin" in shown
+    for stdin in ("", "\n"):
+        result = run("generate", "-m", model, stdin=stdin)
+        assert result.exit_code == 2 and result.stderr.count("\n") == 1
+        assert "no prompt: give one as argument, with --file, or pipe it" in result.stderr
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: True))  # no `read`
+    with pytest.raises(errors.InputError, match="no prompt"):
+        read_prompts([], [])
+
+
+def test_what_is_not_utf_8_is_named(model, tmp_path):
+    file = tmp_path / "latin"
+    file.write_bytes("café".encode("latin-1"))
+    for arguments, stdin, name in (
+        (("generate", "--file", file), None, str(file)),
+        (("generate",), file.read_bytes(), "standard input"),
+        (("chat", "--no-warm-up", "-q"), file.read_bytes(), "standard input"),
+        (("generate", "caf\udce9"), None, "a prompt"),
+    ):
+        result = run(*arguments, "-m", model, stdin=stdin)
+        assert result.exit_code == 2
+        assert result.stderr == f"moejax: {name} is not UTF-8 text\n"
+
+
+def test_json_that_is_not_utf_8_is_named(model, tmp_path):
+    other = write_model(tmp_path / "other")
+    (other / "config.json").write_bytes(b'{"caf\xe9": 1}')
+    options = ("-m", model, "--slots", SLOTS, "--no-warm-up", "--residency-file")
+    for arguments, name in (
+        (("inspect", other), other / "config.json"),
+        (("generate", "a", *options, other / "config.json"), other / "config.json"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 3 and result.stderr.count("\n") == 1
+        assert str(name) in result.stderr and "it is not UTF-8 text" in result.stderr
+        assert "codec" not in result.stderr
+
+
+def test_slots_may_be_a_share_of_all_experts(model):
+    options = ("-m", model, "-n", 2, "-q", "--json", "--no-warm-up")
+    document = json.loads(ok("generate", "the cat", *options, "--slots", "45%").stdout)
+    assert document["stats"]["slots"] == LAYERS * EXPERTS * 45 // 100
+    too_few = run("generate", "the cat", *options, "--slots", "1%")
+    assert too_few.exit_code == 4 and "slots cannot hold" in too_few.stderr
+
+
+def test_every_command_with_slots_takes_a_share():
+    group = typer.main.get_command(cli.app)
+    commands = {**group.commands, **group.commands["trace"].commands}
+    taking = {n: o for n, c in commands.items() for o in c.params if o.name == "slots"}
+    assert set(taking) == {"generate", "chat", "bench", "tune", "eval", "simulate", "record"}
+    assert {option.metavar for option in taking.values()} == {"N|P%"}
+
+
+def test_a_residency_file_that_is_new_is_said_to_be(model, tmp_path):
+    file = tmp_path / "experts.json"
+    options = ("-m", model, "-n", 2, "--slots", SLOTS, "--residency-file", file)
+    said = f"{file} does not exist yet: a cold start; the file is written at the end\n"
+    assert said in ok("generate", "the cat", *options).stderr
+    assert file.exists()
+    assert "cold start" not in ok("generate", "the cat", *options).stderr
+    file.unlink()
+    assert said in ok("chat", *options, stdin="the cat\n").stderr
+    assert file.exists()
+
+
 def test_a_batch_prints_each_answer_in_order(model):
     both = ok("generate", "the cat", "on", "-m", model, "-n", 3, "-q").stdout
     one, two = (ok("generate", p, "-m", model, "-n", 3, "-q").stdout for p in ("the cat", "on"))
@@ -150,6 +223,11 @@ def test_stop_ends_the_text(model):
         (2, ("generate", "a", "--context", 100000), "context"),
         (2, ("generate", "a", "--temperature", -1), "temperature"),
         (2, ("generate", "a", "--device-memory", "lots"), "not a size"),
+        (2, ("generate", "a", "--slots", "lots"), "a share of all experts, such as 40%"),
+        (2, ("generate", "a", "--slots", "140%"), "a share of all experts, such as 40%"),
+        (2, ("generate", "a", "--drift-budget", -1), "not -1 nats every 16 steps"),
+        (2, ("generate", "a", "--drift-budget", 1), "steers the alpha of a lossy policy"),
+        (2, ("chat", "--drift-every", 4), "give --drift-budget too"),
         (2, ("generate", "a", "--file", "/does/not/exist"), "there is no file /does/not/exist\n"),
         (3, ("generate", "a", "--model", "/does/not/exist"), "no directory"),
         (4, ("generate", "a", "--slots", 1), "slots cannot hold"),
@@ -235,6 +313,25 @@ def test_chat_reset_forgets_and_exit_leaves(model):
     assert len(messages) == 3
 
 
+@pytest.mark.parametrize("leave", ["/exit", "/quit"])
+def test_chat_says_which_commands_there_are(model, leave):
+    turns = f"/reste\n/help\n{leave}\nthat\n"
+    result = ok("chat", "-m", model, "-n", 2, "--no-warm-up", stdin=turns)
+    unknown, help_ = [line for line in result.stderr.splitlines() if "/exit or /quit" in line]
+    assert unknown == f"there is no /reste: {help_}" and result.stdout == ""
+    assert all(command in help_ for command in ("/reset", "/stats", "/help"))
+
+
+def test_chat_steers_its_drift_in_every_answer(model):
+    options = ("-m", model, "-n", 8, "--slots", SLOTS, "-q", "--json", "--no-warm-up")
+    steered = ("--policy", "smoe-fetch:alpha=0.5", "--drift-budget", 1e-6, "--drift-every", 2)
+    document = json.loads(ok("chat", *options, *steered, stdin="the cat\nthe rat\n").stdout)
+    assert [m["role"] for m in document["messages"]] == ["user", "assistant"] * 2
+    drift = document["stats"]["drift"]
+    assert drift["probes"] == 4 == len(drift["alphas"])
+    assert 0.5 * SLOWEST <= drift["alphas"][0] <= 0.5 * FASTEST  # of the second answer
+
+
 def test_a_turn_that_does_not_fit_fails_without_a_terminal(model):
     result = run("chat", "-m", model, "-q", "--context", 16, stdin="the cat " * 40)
     assert result.exit_code == 2 and "context" in result.stderr
@@ -303,12 +400,24 @@ def test_chat_at_a_terminal(screen):
     screen.type("/stats\n")
     screen.wait_for("expert hit rate")
     screen.wait_for("> ", 4)
-    while "Ctrl-D or /exit leaves" not in screen.text:
+    while "Ctrl-D, /exit or /quit leaves" not in screen.text:
         # Python misses a signal that arrives between the prompt and the wait for a key.
         screen.process.send_signal(signal.SIGINT)
         screen.listen(2)
     screen.type("\x04")
     assert screen.finish() == 0, screen.text
+
+
+def test_a_typed_line_that_is_not_utf_8_is_left_out(monkeypatch, capsys):
+    def read_turn(lines=iter([b"one", b"caf\xe9", b"two"])):  # noqa: B008 - of one test
+        try:
+            return next(lines).decode()
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr(conversation, "_read_turn", read_turn)
+    assert list(conversation._turns(Terminal(), interactive=True)) == ["one", "two"]
+    assert "not UTF-8 text" in capsys.readouterr().err
 
 
 def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(model):

@@ -453,6 +453,21 @@ def command(*arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ((), "this machine at the rates of server-2core, "),
+        (("--hardware", "laptop"), "laptop with NVMe, "),
+    ],
+)
+def test_the_heading_says_whose_figures_these_are(options, shown, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    done = command("tiny", "--context", 64, *options)
+    assert done.exit_code == 0, done.output
+    [heading] = [line for line in done.stdout.splitlines() if line.strip().startswith("machine ")]
+    assert heading.split(None, 1)[1].startswith(shown)
+
+
 def test_the_slower_policy_is_left():
     samples = {OFFLOADED: [2.0, 5.0, 2.1], RESIDENT: [2.0, 2.0, 9.0]}
     chosen, found = plan_verify.judged(OFFLOADED, samples, 40)

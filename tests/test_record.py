@@ -428,7 +428,11 @@ def test_the_command_writes_what_it_recorded(directory, tmp_path):
     kinds = page.read_text().partition("const OUTCOMES")[2].partition("];")[0]
     labels = re.findall(r'name: "(\w+)", label: "([^"]+)"', kinds)
     assert dict(labels) == trace_actions.OUTCOMES
-    again = CliRunner().invoke(app, ["record", str(out), *texts, *options, *base[:-1]])
+    before = out.read_bytes()
+    kept = CliRunner().invoke(app, ["record", str(out), *texts, *options, *base])
+    assert kept.exit_code == 2 and f"{out} exists" in kept.stderr and "--force" in kept.stderr
+    assert out.read_bytes() == before and kept.stderr.count("\n") == 1
+    again = CliRunner().invoke(app, ["record", str(out), "--force", *texts, *options, *base[:-1]])
     assert "of all picks" in again.stderr and "miss, moved" in again.stderr
     assert trace.top_ids.shape[2] == 4 and trace.resident is not None
     assert trace.about["policy"] == "lru" and trace.about["virtual"] and trace.about["slots"] == 5

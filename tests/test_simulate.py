@@ -571,7 +571,12 @@ def test_the_command(tmp_path):
     [wanted] = simulate(random_trace(), ["lru"], [9], Asked(per_layer=True))
     assert row["hit_rate"] == report["hit_rate"] == wanted.hit_rate
     assert row["slots_per_layer"] == 3 and row["tpot_ms"] >= row["bounds_ms"]["oracle_prefetch"]
+    experts = random_trace().layers * random_trace().experts
+    done = CliRunner().invoke(app, [str(path), "--slots", "9", "--slots", "45%", "--json"])
+    assert [row["slots"] for row in json.loads(done.stdout)["rows"]] == [9, experts * 45 // 100]
     shown = CliRunner().invoke(app, [str(path), "--policy", "lru", "--policy", "belady"])
     assert shown.exit_code == 0 and f"{report['trace']['model']}: 3 layers" in shown.stdout
     wrong = CliRunner().invoke(app, [str(path), "--slots", "3", "--slots-per-layer", "1"])
     assert wrong.exit_code == 2
+    wrong = CliRunner().invoke(app, [str(path), "--slots", "some"])
+    assert wrong.exit_code == 2 and "such as 40%" in wrong.stderr

@@ -241,7 +241,7 @@ def test_parts_that_lack_something_are_refused_by_name():
     built = deep("reference")
     with pytest.raises(PolicyError, match="4 layers ahead never comes"):
         steps(built, policy("smoe-fetch:horizon=4"), tokens_of(0, 1, 1), slots=SLOTS)
-    with pytest.raises(PolicyError, match=r"host \(TwoPointer\).*such as lru or smoe-fetch"):
+    with pytest.raises(PolicyError, match="on the host, which.*such as lru or smoe-fetch"):
         moejax.load("tiny", policy="smoe", slots=48, link="disk")
 
 

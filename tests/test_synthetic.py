@@ -252,6 +252,9 @@ def test_the_command_writes_what_it_says(tmp_path):
     wanted = dataclasses.replace(PRESETS["qwen3-30b-a3b"], layers=2, experts=8, top_k=2)
     picks = generate(wanted, 600, sequence_tokens=300, seed=4).picks
     np.testing.assert_array_equal(made.picks, picks)
+    kept = run(tmp_path / "a.npz", "--tokens", 30, *small)
+    assert kept.exit_code == 2 and "--force" in kept.stderr
+    assert Trace.load(tmp_path / "a.npz").rows == 600
     like = run(tmp_path / "b.npz", "--like", tmp_path / "a.npz", "--tokens", 30, "--json")
     assert like.exit_code == 0, like.stderr
     found = json.loads(like.stdout)

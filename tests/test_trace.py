@@ -599,6 +599,17 @@ def test_a_wrong_table_says_where(tmp_path, name, text, message):
         trace_import.read(tmp_path / name)
 
 
+def test_an_import_replaces_a_file_only_if_it_is_told_to(tmp_path):
+    table, out = tmp_path / "a.csv", tmp_path / "out"
+    table.write_text("token,layer,experts\n0,0,1 2\n")
+    out.write_text("words")
+    kept = CliRunner().invoke(app, ["import", str(table), str(out)])
+    assert kept.exit_code == 2 and f"{out} exists" in kept.stderr and "--force" in kept.stderr
+    assert out.read_text() == "words"
+    done = CliRunner().invoke(app, ["import", str(table), str(out), "--force"])
+    assert done.exit_code == 0 and Trace.load(out).rows == 1
+
+
 # --- statistics
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moejax.errors import InputError
-from moejax.units import format_bytes, parse_bytes
+from moejax.units import format_bytes, parse_bytes, parse_slots
 
 sizes = st.one_of(
     st.integers(1, 2**62),
@@ -51,3 +51,27 @@ def test_sizes_out_of_range_are_refused_in_one_line(text):
     with pytest.raises(InputError, match="must be positive, and below 8 EiB") as refused:
         parse_bytes(text)
     assert len(str(refused.value)) < 160
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**6), st.sampled_from(["%", " %"]))
+def test_a_share_of_the_experts_is_rounded_down(parts, experts, sign):
+    percent = f"{parts // 10**4}.{parts % 10**4:04}"
+    assert parse_slots(percent + sign, experts) == math.floor(Fraction(parts, 10**6) * experts)
+    assert parse_slots(f"{parts}", experts) == parse_slots(parts, experts) == parts
+
+
+def test_shares_are_those_of_the_experiments():
+    common = pytest.importorskip("experiments.smoe_common")
+    for percent in (12.5, 25, 40, 50, 75, 100):
+        assert parse_slots(f"{percent}%", 192) == common.slots_of(percent / 100, 192)
+
+
+@pytest.mark.parametrize(
+    "text", ["0%", "0.0%", "100.1%", "-1", "-5%", "0.4", "%", "", "many", "1e3", "4 0%", "9" * 400]
+)
+def test_what_is_no_number_of_slots_is_refused_in_one_line(text):
+    with pytest.raises(
+        InputError, match="such as 76, or a share of all experts, such as 40%"
+    ) as no:
+        parse_slots(text, 192)
+    assert len(str(no.value)) < 160

@@ -7,18 +7,22 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from moejax.cli.options import slots_of
 from moejax.errors import CheckpointError, InputError, unreadable
 from moejax.report import show_stats, stats_document
 from moejax.terminal import Terminal, table
-from moejax.units import format_bytes, parse_bytes
+from moejax.units import format_bytes, parse_bytes, parse_slots
 
 BUDGET_POLICY = "lru"  # of `inspect`: the default of `generate`
 
 
 def load_model(terminal: Terminal, model: str, **options: Any) -> Any:
     """`moejax.load` with a progress bar."""
+    # A typing error should not cost an import of JAX.
     if options.get("device_memory") is not None:
-        parse_bytes(options["device_memory"])  # a typing error should not cost an import of JAX
+        parse_bytes(options["device_memory"])
+    if (asked := options.get("slots")) is not None:
+        parse_slots(asked, 0)
     from moejax.allocator import gpu_memory
     from moejax.kernels import build
     from moejax.loading import load
@@ -29,9 +33,15 @@ def load_model(terminal: Terminal, model: str, **options: Any) -> Any:
                 terminal.note(build.status())
                 options["kernels"] = "reference"
     with terminal.progress(f"loading {model}") as report:
+        slots = options["slots"] = slots_of(model, asked)
         runtime = load(model, progress=report, **options)
-    if (asked := options.get("slots") or 0) > runtime.slots and runtime.policy is not None:
-        terminal.note(f"--slots {asked}: there are {runtime.slots} experts, and all fit")
+    if runtime.policy is None:
+        return runtime
+    if (slots or 0) > runtime.slots:
+        terminal.note(f"--slots {slots}: there are {runtime.slots} experts, and all fit")
+    file = runtime.residency_file
+    if file is not None and not file.exists():
+        terminal.note(f"{file} does not exist yet: a cold start; the file is written at the end")
     return runtime
 
 
@@ -79,23 +89,27 @@ def read_prompts(given: Sequence[str], files: Sequence[pathlib.Path]) -> list[st
     Raises:
         InputError: no prompt, an empty one, or a file that cannot be read.
     """
-    try:
-        prompts = [*given, *(_text_of(file) for file in files)]
-        if not prompts and not sys.stdin.isatty():
-            prompts = [sys.stdin.read().removesuffix("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the prompt: {error}") from error
+    prompts = [*given, *(_text_of(file) for file in files)]
+    if not prompts and not sys.stdin.isatty():
+        try:
+            prompts = [text] if (text := sys.stdin.read().removesuffix("\n")) else []
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(unreadable("standard input", error)) from error
     if not prompts:
-        raise InputError("no prompt: give one as argument, with --file or on stdin")
+        raise InputError("no prompt: give one as argument, with --file, or pipe it to stdin")
     if not all(prompts):
         raise InputError("a prompt is empty: give at least one character")
+    try:
+        "".join(prompts).encode()
+    except UnicodeEncodeError as error:  # of bytes that Python could not decode
+        raise InputError("a prompt is not UTF-8 text") from error
     return prompts
 
 
 def _text_of(path: pathlib.Path) -> str:
     try:
-        return path.read_text().removesuffix("\n")
-    except OSError as error:
+        return path.read_text(encoding="utf-8").removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(unreadable(path, error)) from error
 
 

@@ -9,11 +9,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from moejax.cli import actions as commands
-from moejax.errors import InputError
+from moejax.errors import InputError, unreadable
 from moejax.session import Session
 from moejax.terminal import Terminal
 
-HELP = "/exit leaves, /reset starts anew, /stats shows what the last answer cost, /help shows this"
+LEAVE = ("/exit", "/quit")
+HELP = (
+    f"{' or '.join(LEAVE)} leaves, /reset starts anew, /stats shows what the last answer cost, "
+    "/help shows this"
+)
 FENCE = '"""'
 PASTE_WAIT = 0.02  # seconds in which the next line of a paste arrives
 
@@ -52,13 +56,14 @@ def chat(
     sampling: dict[str, Any],
     stop: list[str],
     seed: int,
+    drift: Any = None,
     as_json: bool,
 ) -> None:
     """Answer until the input ends; one line is one turn, unless it is fenced, continued or pasted.
 
     Raises:
         TokenizerError: the model has no chat template.
-        InputError: a turn does not fit the context, and stdin is not a terminal.
+        InputError: a turn does not fit the context or is no text, and stdin is not a terminal.
     """
     session, stopper = Session(runtime, system=system), Stopper()
     interactive = sys.stdin.isatty()
@@ -67,18 +72,21 @@ def chat(
         terminal.note(f"{HELP}; {FENCE} or a final \\ for several lines; Ctrl-C stops an answer")
     for turn in _turns(terminal, interactive):
         command = turn.strip()
-        if command == "/exit":
+        if command in LEAVE:
             break
         elif command == "/reset":
             session = Session(runtime, system=system)
             terminal.note("the conversation is empty again")
         elif command == "/stats":
             commands.show_stats(terminal, runtime)
-        elif command.startswith("/") and " " not in command:
+        elif command == "/help":
             terminal.note(HELP)
+        elif command.startswith("/") and len(command.split()) == 1:
+            terminal.note(f"there is no {command}: {HELP}")
         elif command:
             try:
-                pieces = session.send(turn, max_new_tokens, sampling, stop=stop, seed=seed)
+                how = {"stop": stop, "seed": seed, "drift": drift}
+                pieces = session.send(turn, max_new_tokens, sampling, **how)
                 with stopper.watching() if interactive else contextlib.nullcontext():
                     _answer(session, turn, pieces, stopper, silent=as_json)
             except InputError as error:
@@ -109,8 +117,11 @@ def _answer(
 
 def _turns(terminal: Terminal, interactive: bool) -> Iterator[str]:
     if not interactive:
-        for line in sys.stdin:
-            yield line.removesuffix("\n")
+        try:
+            for line in sys.stdin:
+                yield line.removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise InputError(unreadable("standard input", error)) from error
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() its line editing and history
@@ -122,7 +133,9 @@ def _turns(terminal: Terminal, interactive: bool) -> Iterator[str]:
             return
         except KeyboardInterrupt:
             print()
-            terminal.note("Ctrl-D or /exit leaves")
+            terminal.note(f"Ctrl-D, {' or '.join(LEAVE)} leaves")
+        except UnicodeDecodeError:
+            terminal.note("that was not UTF-8 text: it is not sent")
 
 
 def _read_turn() -> str:

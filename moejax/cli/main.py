@@ -58,7 +58,8 @@ def options(
 @command
 def generate(
     prompt: Annotated[
-        list[str] | None, typer.Argument(help="Texts to continue; several are one batch.")
+        list[str] | None,
+        typer.Argument(help="Texts to continue; several are one batch. Default: --file or stdin."),
     ] = None,
     file: Annotated[
         list[pathlib.Path] | None, typer.Option("--file", "-f", help="Read a prompt from a file.")
@@ -93,7 +94,7 @@ def generate(
     json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Continue a prompt, from the arguments, --file or stdin.
+    """Continue a prompt: the arguments and --file; without either, what is piped to stdin.
 
     Text goes to stdout; progress and a table of what it cost go to stderr.
     """
@@ -136,6 +137,8 @@ def chat(
     draft: opt.DraftModel = None,
     residency_file: opt.ResidencyFile = None,
     check_records: opt.CheckRecords = False,
+    drift_budget: opt.DriftBudget = None,
+    drift_every: opt.DriftEvery = None,
     virtual: opt.Virtual = False,
     warm_up: opt.WarmUp = True,
     json: opt.AsJson = False,
@@ -149,10 +152,10 @@ def chat(
     from moejax.cli import actions as commands
     from moejax.terminal import Terminal
 
-    terminal = Terminal(quiet)
+    terminal, drift = Terminal(quiet), commands.drift_budget(drift_budget, drift_every)
     runtime = commands.load_model(terminal, model, **load)
     if warm_up:
-        commands.warm_up(terminal, runtime, sampling=sampling)
+        commands.warm_up(terminal, runtime, sampling=sampling, drift=drift)
     from moejax.cli import conversation
 
     conversation.chat(
@@ -163,6 +166,7 @@ def chat(
         sampling=sampling,
         stop=stop,
         seed=seed,
+        drift=drift,
         as_json=json,
     )
 

@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from moejax.units import parse_slots
+
 Model = Annotated[
     str,
     typer.Option(
@@ -12,8 +14,14 @@ Model = Annotated[
     ),
 ]
 Slots = Annotated[
-    int | None, typer.Option(help="Experts on the device at once, over all layers; default all.")
+    str | None,
+    typer.Option(
+        help="Experts on the device at once, over all layers: how many, such as 76, or a share "
+        "such as 40%; default all.",
+        metavar="N|P%",
+    ),
 ]
+Force = Annotated[bool, typer.Option("--force", help="Replace an earlier file.")]
 DeviceMemory = Annotated[
     str | None,
     typer.Option(help="Budget such as 6GiB for weights, KV cache and workspace, not with --slots."),
@@ -115,6 +123,24 @@ LOADING = (
 def for_load(given: dict[str, Any]) -> dict[str, Any]:
     """Those of a command's options that `moejax.load` takes."""
     return {name: given[name] for name in LOADING if name in given}
+
+
+def slots_of(model: str, slots: int | str | None) -> int | None:
+    """The slots that `moejax.load` takes, of --slots.
+
+    Raises:
+        MoejaxError: not a number or a share, or a share of a model that cannot be found.
+    """
+    if slots is None:
+        return None
+    experts = 0
+    if "%" in str(slots):
+        from moejax.loading import read_config, source_path
+        from moejax.models import config_from_hf
+
+        config = config_from_hf(read_config(source_path(model)))
+        experts = config.num_moe_layers * config.num_experts
+    return parse_slots(slots, experts)
 
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")

@@ -10,6 +10,7 @@ from moejax.cli import options as opt
 from moejax.errors import InputError
 from moejax.units import format_bytes, parse_bytes
 
+REFERENCE = "server-2core"  # the preset whose rates stand for those of any CPU
 ASSUMED = (
     "times are for the rates of a measured 2-core server: measure yours with `moejax bench hw > "
     "hw.json` and add --hardware hw.json"
@@ -35,7 +36,8 @@ def plan(
         str | None,
         typer.Option(
             help="A preset such as rtx-4090 (a wrong name lists them) or a JSON file of "
-            "`moejax bench hw`; default this machine."
+            "`moejax bench hw`; default this machine's memory, at the rates of its GPU's preset, "
+            f"without a GPU of {REFERENCE}."
         ),
     ] = None,
     link: Annotated[
@@ -143,9 +145,10 @@ def this_machine() -> tuple[Any, str | None]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     total = allocator.gpu_memory()
     if total is None:
-        server = PRESETS["server-2core"]()
+        server = PRESETS[REFERENCE]()
         sizes = {"host_memory": memory, "device_memory": memory}
-        return dataclasses.replace(server, name="this machine", **sizes), ASSUMED
+        name = f"this machine at the rates of {REFERENCE}"
+        return dataclasses.replace(server, name=name, **sizes), ASSUMED
     name = gpu_name()
     found = preset_of(name)
     if found is None:

@@ -20,7 +20,11 @@ Policies = Annotated[
     ),
 ]
 Slots = Annotated[
-    list[int], typer.Option(help="Experts in slots, over all layers; several times.", min=1)
+    list[str],
+    typer.Option(
+        help="Experts in slots, over all layers: how many or a share such as 40%; several times.",
+        metavar="N|P%",
+    ),
 ]
 SlotsPerLayer = Annotated[
     list[int], typer.Option(help="Experts in each layer's own slots; several times.", min=1)
@@ -118,7 +122,7 @@ def compare(
     terminal: Any,
     file: pathlib.Path,
     policies: Sequence[str],
-    budgets: tuple[Sequence[int], Sequence[int]],
+    budgets: tuple[Sequence[str], Sequence[int]],
     asked: dict[str, Any],
     record_bytes: str | None,
     machine: dict[str, Any],
@@ -126,7 +130,8 @@ def compare(
     """The report of `simulate`, for JSON.
 
     Args:
-        budgets: slots over all layers, or slots per layer; at most one of them is not empty.
+        budgets: slots over all layers, as --slots has them, or slots per layer; at most one of
+            them is not empty.
         asked: fields of `simulate.Asked`.
         machine: `hardware`, `disk`, `link` and `resident_tpot` as the command has them.
 
@@ -136,10 +141,10 @@ def compare(
     from moejax.simulator.simulate import Asked
     from moejax.simulator.simulate import simulate as run
     from moejax.traces.trace import Trace
-    from moejax.units import parse_bytes
+    from moejax.units import parse_bytes, parse_slots
 
-    slots, each = budgets
-    if slots and each:
+    overall, each = budgets
+    if overall and each:
         raise InputError("slots over all layers or slots per layer: give one of them")
     settings = Asked(per_layer=bool(each), **asked)
     trace = Trace.load(file)
@@ -147,10 +152,11 @@ def compare(
         about = trace.about | {"record_bytes": parse_bytes(record_bytes)}
         trace = dataclasses.replace(trace, about=about)
     rates = _rates(trace, settings, **machine)
+    experts = trace.layers * trace.experts
     if each:
         slots = [number * trace.layers for number in each]
-    elif not slots:
-        slots = [trace.layers * trace.experts // part for part in (8, 4)]
+    else:
+        slots = [parse_slots(one, experts) for one in overall] or [experts // 8, experts // 4]
     with terminal.status(f"{len(policies) * len(slots)} replays of {trace.rows} tokens"):
         found = run(trace, policies, slots, settings)
     rows = [one.as_dict() for one in found]

@@ -39,9 +39,13 @@ def synthesize(
         int | None, typer.Option(min=1, help="Store only so many of the best scores.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same trace.")] = 0,
+    force: opt.Force = False,
     json: opt.AsJson = False,
 ) -> None:
     """Make a trace with scores of no model at all, from a process that resembles real routing."""
+    from moejax.cli.trace_actions import check_place
+
+    check_place(out, force)
     changes = {
         "layers": layers,
         "experts": experts,

@@ -110,7 +110,6 @@ def record(
         raise InputError("--prompt-tokens comes before given tokens: give --tokens too")
     if given["tokens"] is not None and written["sampling"]:
         raise InputError("--tokens feeds given tokens, none is drawn: leave sampling options out")
-    _check_place(out)
     from moejax.doctor import environment
     from moejax.policies.policy import policy
     from moejax.traces import record as recording
@@ -138,10 +137,12 @@ def record(
     _write(terminal, trace, out, as_json)
 
 
-def _check_place(out: pathlib.Path) -> None:
-    """Raise InputError before a long run where its trace could not be written."""
+def check_place(out: pathlib.Path, force: bool) -> None:
+    """Raise InputError before a long run where its trace could not be written, or would replace."""
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise InputError(f"cannot write {out}: give a file in a folder that exists")
+    if out.exists() and not force:
+        raise InputError(f"{out} exists: give another name, or --force to replace it")
 
 
 def import_(

@@ -89,6 +89,7 @@ def record(
     batch: Batch = 1,
     copy: Copy = False,
     name: Name = None,
+    force: opt.Force = False,
     model: opt.Model = "tiny",
     slots: opt.Slots = None,
     device_memory: opt.DeviceMemory = None,
@@ -122,6 +123,7 @@ def record(
     from moejax.cli import trace_actions
     from moejax.terminal import Terminal
 
+    trace_actions.check_place(out, force)
     texts = trace_actions.texts(prompt or [], file or [], dataset, field, limit)
     how = {"batch": batch, "name": name, "dataset": dataset}
     given = {"tokens": tokens, "prompt_tokens": prompt_tokens}
@@ -145,6 +147,7 @@ def import_(
         int | None, typer.Option(min=1, help="Experts per layer, where the file does not say.")
     ] = None,
     name: Name = None,
+    force: opt.Force = False,
     json: opt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -152,6 +155,7 @@ def import_(
     from moejax.cli import trace_actions
     from moejax.terminal import Terminal
 
+    trace_actions.check_place(out, force)
     trace_actions.import_(Terminal(quiet), file, out, experts, name, json)
 
 

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from moejax.errors import InputError, unreadable
+from moejax.errors import InputError, reason, unreadable
 from moejax.traces.form import (
     COLUMNS,
     COUNT,
@@ -162,7 +162,9 @@ def _header(path: Any, archive: zipfile.ZipFile) -> dict[str, Any]:
     try:
         header = json.loads(archive.read(HEADER))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not a trace: its header is no JSON ({error})") from None
+        raise InputError(
+            f"{path} is not a trace: its header is no JSON ({reason(error)})"
+        ) from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise InputError(f"{path} is not a trace: its header does not say {FORMAT!r}")
     if header.get("version") != VERSION:

@@ -143,4 +143,4 @@ def _decoded(content: bytes, where: Any) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{where} is not UTF-8 ({error}): copy it again") from error
+        raise InputError(f"{where} is not UTF-8 text: copy it again") from error
