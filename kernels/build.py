@@ -17,7 +17,7 @@ import warnings
 import jax
 import jaxlib
 
-from moejax.errors import MoejaxError
+from moejax.errors import InputError, MoejaxError
 
 SOURCES = pathlib.Path(__file__).parent / "native"
 MATH = "math.cc"  # compiled once per instruction set
@@ -85,7 +85,7 @@ def build(force: bool = False) -> pathlib.Path:
 def library() -> ctypes.CDLL | None:
     """The loaded library with its handlers registered, or None; `status` says why.
 
-    Raises MoejaxError if $MOEJAX_ISA names an instruction set that the machine does not have.
+    Raises InputError if $MOEJAX_ISA names an instruction set that the machine does not have.
     """
     return _load()[0]
 
@@ -95,18 +95,26 @@ def status() -> str:
     loaded, text = _load()
     if loaded is None:
         return f"reference path: {text}"
-    return f"native kernels: {loaded.moejax_isa().decode()} ({text})"
+    return f"native kernels: {loaded.moejax_isa().decode()} ({text}){_refused(loaded)}"
 
 
 def _choose(loaded: ctypes.CDLL) -> None:
-    """Use the instruction set of $MOEJAX_ISA, if it is set."""
+    """Use the instruction set of $MOEJAX_ISA, or else the best.
+
+    Raises InputError if $MOEJAX_ISA names one that the machine does not have.
+    """
     name = os.environ.get("MOEJAX_ISA")
     if not name or loaded.moejax_set_isa(name.encode()):
         return
-    best = loaded.moejax_isa()
     here = [isa for isas in ISAS.values() for isa in isas if loaded.moejax_set_isa(isa.encode())]
-    loaded.moejax_set_isa(best)
-    raise MoejaxError(f"MOEJAX_ISA={name}: this machine has kernels for {', '.join(here)}")
+    raise InputError(
+        f"MOEJAX_ISA={name}: this machine has kernels for {', '.join(here)}{_refused(loaded)}"
+    )
+
+
+def _refused(loaded: ctypes.CDLL) -> str:
+    why = loaded.moejax_tiles_refused()
+    return f"; no tiles of AMX: {why.decode()}" if why else ""
 
 
 @functools.cache
@@ -119,6 +127,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         loaded.moejax_handlers.restype = ctypes.c_char_p
         loaded.moejax_cuda_handlers.restype = ctypes.c_char_p
         loaded.moejax_isa.restype = ctypes.c_char_p
+        loaded.moejax_tiles_refused.restype = ctypes.c_char_p
         loaded.moejax_set_isa.argtypes = [ctypes.c_char_p]
         loaded.moejax_set_workers.argtypes = [ctypes.c_int]
         listed = {"cpu": loaded.moejax_handlers(), "CUDA": loaded.moejax_cuda_handlers()}

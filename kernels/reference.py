@@ -46,11 +46,11 @@ def _linear(x: jax.Array, weight: jax.Array, round_input: bool = True) -> jax.Ar
 
 
 def fixed_point(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Integers n [..., cols] i32 and shifts k [..., 1] i32 of x f32, which is about n / 2**k.
+    """Integers n [..., cols] i32 and shifts k [..., 1] i32 of finite f32 x, about n / 2**k.
 
     A row shares its shift, and its integers are at most 2**22. So native kernels take activations
     that meet int8 or int4 weights where a processor multiplies bytes (AVX-512 VNNI, AMX): the
-    products add up exactly, whatever their order. A row that is not finite stays as it is.
+    products add up exactly, whatever their order. Rows that are not finite they take as f32.
     """
     top = jnp.abs(x).max(axis=-1, keepdims=True)
     shift = jnp.where(top > 0, FIXED_BITS - jnp.frexp(top)[1], MAX_SHIFT)

@@ -152,6 +152,13 @@ FIXED = [name for name in ISAS if name in (b"avx512bf16", b"amx", b"amxbf16")]
 needs_fixed = pytest.mark.skipif(not FIXED, reason="no instruction set here multiplies bytes")
 
 
+def exact_int8(x, weights, scale):
+    """What fixed point means: integers added, then one rounding."""
+    whole, shift = map(np.asarray, reference.fixed_point(jnp.asarray(x)))
+    sums = (whole.astype(np.int64) @ weights.astype(np.int64).T).astype(float)
+    return (np.ldexp(sums, -shift) * scale.astype(float)).astype(np.float32)
+
+
 @needs_fixed
 @given(
     shape=SHAPES, seed=st.integers(0, 100), spread=st.integers(0, 30), size=st.integers(-100, 100)
@@ -160,19 +167,54 @@ def test_int8_sums_are_exact_in_fixed_point(shape, seed, spread, size):
     n, rows, cols = shape
     rng = np.random.default_rng(seed)
     raw, _ = stored(rng.normal(size=(rows, cols)), "int8")
-    weights = raw[: rows * cols].view(np.int8).reshape(rows, cols).astype(np.int64)
+    weights = raw[: rows * cols].view(np.int8).reshape(rows, cols)
     scale = raw[align(rows * cols) :].view(np.float32)
     x = (rng.normal(size=(n, cols)) * 2.0 ** (size + rng.integers(-spread, 1, (n, cols)))).astype(
         "f4"
     )
-    whole, shift = map(np.asarray, reference.fixed_point(jnp.asarray(x)))
-    sums = (whole.astype(np.int64) @ weights.T).astype(float)
-    want = (np.ldexp(sums, -shift) * scale.astype(float)).astype(np.float32)
+    want = exact_int8(x, weights, scale)
     bits = jnp.asarray(padded([raw], align(raw.size)))
     for name in FIXED:
         LIBRARY.moejax_set_isa(name)
         got = run_linear(x, bits, 0, np.empty((rows, cols)), "int8")
         np.testing.assert_array_equal(got, want)
+
+
+# Rows of weights and of activations whose sums are the largest, and whose digits carry.
+DIGITS = [1.0, 0x7FFFFF / 2**23, 0x3F7F7F / 2**22, 0x3F8080 / 2**22, 2.0**-126, 3e38]
+
+
+@needs_fixed
+@pytest.mark.parametrize("cols", [1, 127, 129, 65535, 65536])
+def test_int8_sums_fit_at_the_extremes(cols):
+    weights = np.random.default_rng(2).choice([-128, 127], (17, cols)).astype(np.int8)
+    weights[0], weights[-1] = 127, -128
+    scale = np.linspace(0.5, 2, 17, dtype=np.float32)
+    raw = np.zeros(align(weights.size) + scale.nbytes, np.uint8)
+    raw[: weights.size] = weights.reshape(-1).view(np.uint8)
+    raw[align(weights.size) :] = scale.view(np.uint8)
+    x = np.array([[sign * size] * cols for size in DIGITS for sign in (1, -1)], np.float32)
+    x[:, ::7] *= -1
+    with np.errstate(over="ignore"):  # of 3e38 times 127 and more: infinite
+        want = exact_int8(x, weights, scale)
+    bits = jnp.asarray(padded([raw], align(raw.size)))
+    for name in FIXED:
+        LIBRARY.moejax_set_isa(name)
+        for count in (1, len(x)):
+            got = run_linear(x[:count], bits, 0, np.empty((17, cols)), "int8")
+            np.testing.assert_array_equal(got, want[:count])
+
+
+@needs_fixed
+def test_int8_beyond_the_columns_of_fixed_point_takes_floats():
+    cols = 70_000  # whose sums of digits would not fit
+    raw, means = stored(np.ones((5, cols)), "int8")
+    bits = jnp.asarray(padded([raw], align(raw.size)))
+    x = np.full((3, cols), DIGITS[3], np.float32)
+    for name in FIXED:
+        LIBRARY.moejax_set_isa(name)
+        got = run_linear(x, bits, 0, means, "int8")
+        np.testing.assert_allclose(got, x.astype(float) @ means.T, rtol=1e-3)
 
 
 @needs_fixed

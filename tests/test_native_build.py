@@ -55,6 +55,48 @@ def test_an_instruction_set_can_be_chosen():
     assert "MOEJAX_ISA=sse9: this machine has kernels for " in refused and plain in refused
 
 
+def has_tiles():
+    library = build.library()
+    if library is None:
+        return False
+    before = library.moejax_isa()
+    found = library.moejax_set_isa(b"amx")
+    library.moejax_set_isa(before)
+    return bool(found)
+
+
+@pytest.mark.skipif(not has_tiles(), reason="no AMX here")
+def test_tiles_are_asked_for_only_if_they_are_used():
+    # Once a process has tiles, Linux refuses it a small signal stack; with one, it refuses tiles.
+    code = """if True:
+        import ctypes, sys
+        from moejax.kernels import build
+        class Stack(ctypes.Structure):
+            _fields_ = [("sp", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+        memory = ctypes.create_string_buffer(8192)
+        def small():
+            stack = Stack(ctypes.addressof(memory), 0, 8192)
+            return ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None)
+        if sys.argv[1] == "before":
+            assert small() == 0
+        print(build.status())
+        if sys.argv[1] == "after":
+            print(small())
+    """
+
+    def run(when, name):
+        variables = {**os.environ, "JAX_PLATFORMS": "cpu", "MOEJAX_ISA": name}
+        command = [sys.executable, "-c", code, when]
+        done = subprocess.run(command, env=variables, capture_output=True, text=True)
+        return done.stdout + done.stderr
+
+    assert run("after", "avx2").splitlines()[-1] == "0"
+    assert run("after", "").splitlines()[-1] == "-1"
+    refused = "no tiles of AMX: a signal stack of the process is too small for them"
+    assert "native kernels: avx512bf16 (" in run("before", "") and refused in run("before", "")
+    assert refused in run("before", "amx").splitlines()[-1]
+
+
 def test_without_a_compiler(tmp_path):
     status = status_with(PATH=str(tmp_path), CXX="")
     assert status.startswith("reference path: no C++ compiler found (install g++ or clang")

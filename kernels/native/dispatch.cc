@@ -1,5 +1,6 @@
 // Choice of the instruction set, and the functions that Python calls through ctypes.
 #include <atomic>
+#include <cerrno>
 #include <cstring>
 #include <string>
 
@@ -53,10 +54,21 @@ std::string& names(bool cuda) {
 
 struct Candidate {
   const Kernels* table;
-  bool usable;
+  bool (*usable)();
 };
 
+bool always() { return true; }
+
 #if defined(__x86_64__)
+// Features that compilers disagree on the names of are asked of the processor itself.
+struct Features {
+  unsigned a, b, c, d;
+
+  explicit Features(unsigned part) : a(7), b(0), c(part), d(0) {
+    asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "+d"(d));
+  }
+};
+
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
@@ -66,67 +78,73 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-bool has_avx512bf16() {
-  // Asked of the processor itself: compilers disagree on the name of this feature.
-  unsigned a = 7, b = 0, c = 1, d = 0;
-  asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-  return has_avx512() && __builtin_cpu_supports("avx512vnni") && (a >> 5 & 1);
+bool has_avx512bf16() {  // and VNNI
+  return has_avx512() && (Features(1).a >> 5 & 1) && (Features(0).c >> 11 & 1);
 }
 
-bool has_amx() {
+// Why the system keeps tiles from this process; null if it does not.
+std::atomic<const char*> refusal{nullptr};
+
+// A process has tiles once it has asked for them; from then on it can have no signal stack that is
+// too small for them. So only a process that is to use them asks.
+bool may_use_tiles() {
 #if defined(__linux__)
-  unsigned a = 7, b = 0, c = 0, d = 0;
-  asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-  const bool there = has_avx512bf16() && __builtin_cpu_supports("avx512vbmi") && (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1);
-  // The kernel gives the memory for tiles to processes that ask for it.
   constexpr long kRequest = 0x1023, kTileData = 18;
-  return there && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  const bool granted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  refusal = granted           ? nullptr
+            : errno == ENOSPC ? "a signal stack of the process is too small for them"
+                              : "the system refuses them";
+  return granted;
 #else
   return false;
 #endif
 }
+
+bool has_amx() {
+  const Features found(0);
+  const bool there = (found.c >> 1 & 1) && (found.d >> 24 & 1) && (found.d >> 25 & 1);
+  return has_avx512bf16() && there && may_use_tiles();
+}
+
+bool has_amxbf16() { return (Features(0).d >> 22 & 1) && has_amx(); }
 #endif
+
+constexpr Candidate kCandidates[] = {  // best first
+#if defined(MOEJAX_HAS_amx)
+    {&amx::kTable, has_amx},
+#endif
+#if defined(MOEJAX_HAS_avx512bf16)
+    {&avx512bf16::kTable, has_avx512bf16},
+#endif
+#if defined(MOEJAX_HAS_avx512)
+    {&avx512::kTable, has_avx512},
+#endif
+#if defined(MOEJAX_HAS_avx2)
+    {&avx2::kTable, has_avx2},
+#endif
+#if defined(MOEJAX_HAS_baseline)
+    {&baseline::kTable, always},
+#endif
+#if defined(MOEJAX_HAS_neon)
+    {&neon::kTable, always},
+#endif
+#if defined(MOEJAX_HAS_amxbf16)
+    {&amxbf16::kTable, has_amxbf16},  // slower than amx for single tokens: by name only
+#endif
+};
 
 const Kernels* find(const char* name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
 #endif
-  const Candidate candidates[] = {  // best last
-#if defined(MOEJAX_HAS_baseline)
-      {&baseline::kTable, true},
-#endif
-#if defined(MOEJAX_HAS_avx2)
-      {&avx2::kTable, has_avx2()},
-#endif
-#if defined(MOEJAX_HAS_avx512)
-      {&avx512::kTable, has_avx512()},
-#endif
-#if defined(MOEJAX_HAS_avx512bf16)
-      {&avx512bf16::kTable, has_avx512bf16()},
-#endif
-#if defined(MOEJAX_HAS_amxbf16)
-      {&amxbf16::kTable, has_amx()},  // slower than the next for single tokens
-#endif
-#if defined(MOEJAX_HAS_amx)
-      {&amx::kTable, has_amx()},
-#endif
-#if defined(MOEJAX_HAS_neon)
-      {&neon::kTable, true},
-#endif
-  };
-  const Kernels* found = nullptr;
-  for (const Candidate& candidate : candidates) {
-    if (candidate.usable && (!name || !std::strcmp(name, candidate.table->name))) {
-      found = candidate.table;
-    }
+  for (const Candidate& candidate : kCandidates) {
+    const bool meant = !name || !std::strcmp(name, candidate.table->name);
+    if (meant && candidate.usable()) return candidate.table;
   }
-  return found;
+  return nullptr;
 }
 
-std::atomic<const Kernels*>& current() {
-  static std::atomic<const Kernels*> table{find(nullptr)};
-  return table;
-}
+std::atomic<const Kernels*> current{nullptr};  // null until the first use, or until it is set
 
 }  // namespace
 
@@ -136,7 +154,11 @@ Registrar::Registrar(const char* name, bool cuda) {
   listed += name;
 }
 
-const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
+const Kernels& kernels() {
+  const Kernels* table = current.load(std::memory_order_relaxed);
+  if (!table) current = table = find(nullptr);
+  return *table;
+}
 
 }  // namespace moejax
 
@@ -149,8 +171,17 @@ MOEJAX_EXPORT const char* moejax_isa() { return moejax::kernels().name; }
 // 1, or 0 when the machine or the build lacks the instruction set. Not while a handler runs.
 MOEJAX_EXPORT int moejax_set_isa(const char* name) {
   const moejax::Kernels* table = moejax::find(name);
-  if (table) moejax::current() = table;
+  if (table) moejax::current = table;
   return table != nullptr;
+}
+
+// Why AMX is not used although the processor has it; null if that is not so.
+MOEJAX_EXPORT const char* moejax_tiles_refused() {
+#if defined(__x86_64__)
+  return moejax::refusal;
+#else
+  return nullptr;
+#endif
 }
 
 // Threads per call at most; 0 = as many as XLA's pool has.

@@ -1,6 +1,6 @@
 // Integer weights times activations in fixed point.
 //
-// An activation is an integer of 23 bits times a power of two that its whole row shares, and the
+// An activation is an integer of up to 2^22 times a power of two that its whole row shares, and the
 // integer is three signed digits of 8 bits. Sums of products of integers are exact, so they have
 // no order: rows, threads and tiles cannot change a bit. What is lost is what lies more than 22
 // bits below the largest activation of the row. A row with an infinity or a NaN stays in f32.

@@ -119,8 +119,8 @@ void multiply_runs(const Matrix& matrix, int64_t row0, int64_t row1, const void*
 }
 #endif
 
-void multiply(const Matrix& matrix, [[maybe_unused]] Packing packing, int64_t row0, int64_t row1,
-              const void* const* x, int64_t count, float* const* y) {
+void multiply(const Matrix& matrix, [[maybe_unused]] Packing packing, int64_t row0,
+              int64_t row1, const void* const* x, int64_t count, float* const* y) {
 #if defined(__AMX_BF16__)
   if (packing == kRounded) return tiles_bfloat16(matrix, row0, row1, x, count, y);
 #elif defined(__AVX512BF16__)
@@ -143,7 +143,8 @@ void multiply(const Matrix& matrix, [[maybe_unused]] Packing packing, int64_t ro
 
 extern const Kernels kTable;
 constexpr Kernels kTable = {
-    MOEJAX_TEXT(MOEJAX_ISA), packing, packed_bytes, pack, multiply, swiglu, rms_norm, softmax, attend,
+    MOEJAX_TEXT(MOEJAX_ISA), packing,  packed_bytes, pack,   multiply,
+    swiglu,                  rms_norm, softmax,      attend,
 };
 
 }  // namespace MOEJAX_ISA

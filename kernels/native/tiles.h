@@ -5,6 +5,7 @@
 // are not those of matmul.h: bf16 takes tiles for one row as for many, or not at all.
 #pragma once
 
+#include <stdio.h>
 #include <stdlib.h>
 
 #include "fixed.h"
@@ -89,7 +90,10 @@ class Room {
     if (bytes > size_) {
       free(memory_);
       void* got = nullptr;
-      if (posix_memalign(&got, 64, size_t(bytes))) abort();
+      if (posix_memalign(&got, 64, size_t(bytes))) {
+        fprintf(stderr, "moejax: no memory for %lld bytes of activations\n", (long long)bytes);
+        abort();
+      }
       memory_ = static_cast<uint8_t*>(got);
       size_ = bytes;
     }
@@ -224,7 +228,9 @@ void rows_of(const TileRows& rows, const Columns& columns, Sums& sums) {
     if (n == 1) walk<Tiles, R, 1>(rows, columns, first, tile);
     for (int64_t i = 0; i < R * n; ++i) {
       __m512i word[16];
-      MOEJAX_UNROLL for (int j = 0; j < 16; ++j) word[j] = _mm512_load_si512(tile[i] + kTileRow * j);
+      MOEJAX_UNROLL for (int j = 0; j < 16; ++j) {
+        word[j] = _mm512_load_si512(tile[i] + kTileRow * j);
+      }
       transpose(word);
       int32_t* to = sums[first + 16 * (i % n)] + 16 * (i / n);
       MOEJAX_UNROLL for (int j = 0; j < 16; ++j) _mm512_storeu_si512(to + 32 * j, word[j]);

@@ -1,5 +1,5 @@
-// int4 by the digits of fixed.h on AMX tiles, 16 rows of activations at once: the same integers, and
-// the same few operations on floats, as Int4Rows.
+// int4 by the digits of fixed.h on AMX tiles, 16 rows of activations at once: the same integers,
+// and the same few operations on floats, as Int4Rows.
 #pragma once
 
 #include "tiles.h"
@@ -69,7 +69,8 @@ struct Int4Columns {
   }
 };
 
-// Weights of a chunk of 16 rows as bytes: group b of row r at out + 1024 (b / 2) + 64 r + 32 (b % 2).
+// Weights of a chunk of 16 rows as bytes: group b of row r lies at
+// out + 1024 (b / 2) + 64 r + 32 (b % 2).
 MOEJAX_INLINE void nibbles_of(const uint8_t* const* row, int64_t chunk, uint8_t* out) {
   const __m512i low = _mm512_set1_epi8(15);
   // Byte b of each word belongs to group b; the bytes of a group, in quarter b.

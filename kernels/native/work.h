@@ -24,8 +24,8 @@ struct Task {
   int64_t matrix, row0, row1;
 };
 
-// Cuts `matrices` like this one, for `count` activation rows each, into tasks of at most `most` rows
-// in falling sizes.
+// Cuts `matrices` like this one, for `count` activation rows each, into tasks of at most `most`
+// rows in falling sizes.
 inline std::vector<Task> cut(const Matrix& matrix, int64_t matrices, int64_t count, int64_t threads,
                              int64_t most) {
   const int64_t per_row = std::max<int64_t>(1, row_bytes(matrix.format, matrix.cols));
@@ -36,7 +36,8 @@ inline std::vector<Task> cut(const Matrix& matrix, int64_t matrices, int64_t cou
       const int64_t share = left * per_row / (2 * std::max<int64_t>(1, threads));
       const int64_t bytes =
           count > kBlockRows ? kLeastBytes : std::clamp(share, kLeastBytes, kMostBytes);
-      const int64_t some = std::clamp<int64_t>(bytes / per_row / 16 * 16, 16, std::max<int64_t>(16, most));
+      const int64_t top = std::max<int64_t>(16, most);
+      const int64_t some = std::clamp<int64_t>(bytes / per_row / 16 * 16, 16, top);
       const int64_t end = std::min(matrix.rows, row + some);
       tasks.push_back({m, row, end});
       left -= end - row;
