@@ -28,19 +28,21 @@ Packing packing(Format format, [[maybe_unused]] int64_t cols, bool round) {
   return round && format == kBfloat16 ? kRounded : kFloats;
 }
 
+#if defined(__AVX512VNNI__)
+constexpr bool is_fixed(Packing packing) { return packing == kFixed || packing == kFixedGroups; }
+#endif
+
 // Packed rows are zero beyond their columns, up to a whole chunk.
 int64_t packed_bytes(int64_t cols, Packing packing) {
 #if defined(__AVX512VNNI__)
-  if (packing == kFixed || packing == kFixedGroups) return fixed_bytes(cols);
+  if (is_fixed(packing)) return fixed_bytes(cols);
 #endif
   return round_up(cols, kInt4Chunk) * (kPairs && packing == kRounded ? 2 : 4);
 }
 
 void pack(const float* x, int64_t cols, Packing packing, void* row) {
 #if defined(__AVX512VNNI__)
-  if (packing == kFixed || packing == kFixedGroups) {
-    return pack_fixed(x, cols, packing == kFixedGroups, row);
-  }
+  if (is_fixed(packing)) return pack_fixed(x, cols, packing == kFixedGroups, row);
 #endif
   const int64_t padded = round_up(cols, kInt4Chunk);
   if (packing == kFloats) {
@@ -84,21 +86,17 @@ constexpr int64_t kFewInt8 = 1, kFewInt4 = 8;
 
 void multiply_finite(const Matrix& matrix, int64_t row0, int64_t row1, const void* const* x,
                      int64_t count, float* const* y) {
+#if defined(__AMX_INT8__)
+  if (count > (matrix.format == kInt8 ? kFewInt8 : kFewInt4)) {
+    return (matrix.format == kInt8 ? tiles_int8 : tiles_int4)(matrix, row0, row1, x, count, y);
+  }
+#endif
   switch (matrix.format) {
     case kInt8:
-#if defined(__AMX_INT8__)
-      if (count > kFewInt8) return tiles_int8(matrix, row0, row1, x, count, y);
-#endif
       return multiply_fixed<Int8Rows>(matrix, row0, row1, x, count, y);
     case kInt4g32:
-#if defined(__AMX_INT8__)
-      if (count > kFewInt4) return tiles_int4(matrix, row0, row1, x, count, y);
-#endif
       return multiply_fixed<Int4Rows<32>>(matrix, row0, row1, x, count, y);
     default:
-#if defined(__AMX_INT8__)
-      if (count > kFewInt4) return tiles_int4(matrix, row0, row1, x, count, y);
-#endif
       return multiply_fixed<Int4Rows<64>>(matrix, row0, row1, x, count, y);
   }
 }
@@ -129,9 +127,7 @@ void multiply(const Matrix& matrix, [[maybe_unused]] Packing packing, int64_t ro
   }
 #endif
 #if defined(__AVX512VNNI__)
-  if (packing == kFixed || packing == kFixedGroups) {
-    return multiply_runs(matrix, row0, row1, x, count, y);
-  }
+  if (is_fixed(packing)) return multiply_runs(matrix, row0, row1, x, count, y);
 #endif
   multiply_floats(matrix, row0, row1, x, count, y);
 }
