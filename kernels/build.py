@@ -90,6 +90,13 @@ def library() -> ctypes.CDLL | None:
     return _load()[0]
 
 
+def in_use() -> str | None:
+    """The instruction set of the library; None if this process has not loaded it."""
+    if not _load.cache_info().currsize or (loaded := library()) is None:
+        return None
+    return loaded.moejax_isa().decode()
+
+
 def status() -> str:
     """One line: which native kernels are in use, or why none are."""
     loaded, text = _load()

@@ -74,7 +74,7 @@ def environment() -> dict[str, Any]:
         "system": platform.platform(),
         "cpu": _cpu_name(),
         "cpus": os.cpu_count(),
-        "kernels": build.status().partition(" (")[0],
+        "native_kernels": build.in_use(),
         "device": device.device_kind,
         "backend": device.platform,
     }

@@ -191,3 +191,21 @@ def test_too_late_is_said_once_and_only_on_a_gpu(monkeypatch):
         allocator.apply({allocator.FRACTION: "0.25"})
     allocator.apply({allocator.FRACTION: "0.25"})
     assert allocator.FRACTION not in os.environ
+
+
+def test_saying_where_a_run_took_place_loads_no_kernels(tmp_path):
+    code = "from moejax import doctor; print(doctor.environment()['native_kernels'])"
+    compiler = tmp_path / "c++"
+    compiler.write_text(f"#!/bin/sh\ntouch {tmp_path / 'asked'}\nexit 1\n")
+    compiler.chmod(0o700)
+    variables = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "CXX": str(compiler)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables)
+    assert done.stdout == "None\n" and not (tmp_path / "asked").exists()
+
+
+def test_where_a_run_took_place_names_the_kernels_that_it_used():
+    from moejax.kernels import build
+
+    loaded = build.library()
+    assert doctor.environment()["native_kernels"] == (loaded and loaded.moejax_isa().decode())
